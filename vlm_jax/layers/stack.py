@@ -1,0 +1,69 @@
+"""Runs a module whose parameters are stacked over layers, as one scanned body, with rematerialisation by named policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from vlm_jax.errors import UsageError, suggest
+
+BLOCK_INPUT = "block_input"
+
+
+def _offload() -> Callable[..., Any]:
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+# What the backward pass finds in memory: everything; each layer's input; the results of matrix products with weights;
+# each layer's input, moved to the host.
+REMAT = {
+    "none": None,
+    "full": lambda: jax.checkpoint_policies.nothing_saveable,
+    "dots": lambda: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": _offload,
+}
+
+
+def check_remat(name: str) -> None:
+    if name not in REMAT:
+        raise UsageError(f"remat {name!r} is not one of {', '.join(REMAT)}{suggest(name, REMAT)}")
+
+
+def scan_layers(
+    layers: nnx.Module,
+    x: Any,
+    apply: Callable[[nnx.Module, Any, jax.Array, Any], tuple[Any, Any]],
+    *,
+    first: int | None = None,
+    remat: str = "none",
+    xs: Any = None,
+) -> tuple[Any, Any]:
+    """Applies `apply(layer, carry, layer_index, xs_of_layer) -> (carry, y)` layer by layer.
+
+    `layers` holds parameters [L, ...]; `first` runs only the first so many of them; `xs` is scanned along. Returns the
+    last carry and the stacked ys.
+    """
+    graph, state = nnx.split(layers)
+    if first is not None:
+        state = jax.tree.map(lambda a: a[:first], state)
+    count = jax.tree.leaves(state)[0].shape[0]
+
+    def body(carry: Any, inputs: Any) -> tuple[Any, Any]:
+        layer_state, index, xs_of_layer = inputs
+        carry = jax.tree.map(lambda a: checkpoint_name(a, BLOCK_INPUT), carry)
+        return apply(nnx.merge(graph, layer_state), carry, index, xs_of_layer)
+
+    check_remat(remat)
+    if REMAT[remat] is not None:
+        body = jax.checkpoint(body, policy=REMAT[remat](), prevent_cse=False)
+    return jax.lax.scan(body, x, (state, jnp.arange(count), xs))

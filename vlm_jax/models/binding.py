@@ -1,0 +1,56 @@
+"""A model as a function of a flat dict of parameters: `{"decoder/layers/mlp/up/kernel": array, ...}`.
+
+The trainer, checkpoints, freezing and reports work on these dicts, whose keys are paths; NNX modules exist only while a
+function is traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlm_jax.layers.scope import LoRA, Scope
+
+Params = dict[str, jax.Array]
+M = TypeVar("M", bound=nnx.Module)
+
+
+class Bound(Generic[M]):
+    """The structure of a model, made without allocating it, under the mesh in use.
+
+    `abstract` maps each path to its shape, dtype and sharding.
+    """
+
+    def __init__(self, make: Callable[[Scope], M], *, param_dtype: jnp.dtype = jnp.float32, lora: LoRA | None = None):
+        self._make = lambda key: make(Scope(key=key, param_dtype=param_dtype, lora=lora))
+        structure = {}
+
+        def build(key: jax.Array) -> Params:
+            structure["graph"], state = nnx.split(self._make(key))
+            structure["variables"] = nnx.to_flat_state(state)
+            return _flatten(state)
+
+        self.abstract: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(build, jax.random.key(0))
+        self._graph = structure["graph"]
+        self._variables = [(path, variable) for path, variable in structure["variables"]]
+
+    def init(self, seed: int) -> Params:
+        """Allocates and initialises all parameters, each directly in its sharding."""
+        return jax.jit(lambda key: _flatten(nnx.split(self._make(key))[1]))(jax.random.key(seed))
+
+    def bind(self, params: Mapping[str, jax.Array]) -> M:
+        """The module with these parameters in place."""
+        flat = [(path, variable.replace(params[_join(path)])) for path, variable in self._variables]
+        return nnx.merge(self._graph, nnx.from_flat_state(flat))
+
+
+def _join(path: tuple) -> str:
+    return "/".join(str(part) for part in path)
+
+
+def _flatten(state: nnx.State) -> Params:
+    return {_join(path): variable[...] for path, variable in nnx.to_flat_state(state)}

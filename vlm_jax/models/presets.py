@@ -1,0 +1,129 @@
+"""The parts that configs name, as plain settings. Each function takes changes as keywords: `llama(..., num_layers=2)`.
+
+Sizes and constants are those of the published models (Hugging Face config files).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Settings = dict[str, Any]
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def llava(*, vision: Settings, connector: str, decoder: Settings, newline: bool = False) -> Settings:
+    """A LLaVA: any tower, connector and decoder; `lora` is None until a config sets it."""
+    return {
+        "family": "llava",
+        "vision": vision,
+        "connector": connector,
+        "decoder": decoder,
+        "newline": newline,
+        "lora": None,
+    }
+
+
+def lora(rank: int, alpha: float, *, dropout: float = 0.0, targets: str = r"decoder/layers/.*") -> Settings:
+    """Low-rank adapters on every `Linear` whose path matches `targets` wholly."""
+    return {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets}
+
+
+def vit(
+    *,
+    image_size: int,
+    patch_size: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    intermediate_size: int | None = None,
+    **changes: Any,
+) -> Settings:
+    """A plain vision transformer without a class token; the last layer's output, normalised."""
+    return {
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size or 4 * hidden_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "activation": "gelu",
+        "post_norm": True,
+        **changes,
+    }
+
+
+def clip_vit(**sizes: Any) -> Settings:
+    """CLIP's tower as LLaVA uses it: class token, norm before the layers, quick-GELU, second-last layer, patches only."""
+    settings = {
+        "activation": "quick_gelu",
+        "class_token": True,
+        "pre_norm": True,
+        "patch_bias": False,
+        "post_norm": False,
+        "norm_eps": 1e-5,
+        "feature_layer": -2,
+        "mean": CLIP_MEAN,
+        "std": CLIP_STD,
+    }
+    return vit(**{**settings, **sizes})
+
+
+def siglip_vit(**sizes: Any) -> Settings:
+    """SigLIP's tower as LLaVA variants use it: no class token, tanh-GELU, second-last layer."""
+    return vit(**{"activation": "gelu_tanh", "post_norm": False, "feature_layer": -2, **sizes})
+
+
+def llama(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    **changes: Any,
+) -> Settings:
+    """Llama; Yi is this with its own sizes, theta and vocabulary."""
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads or num_heads,
+        "head_dim": head_dim or hidden_size // num_heads,
+        "rope_theta": 1e4,
+        "rope_scaling": None,
+        "norm_eps": 1e-5,
+        "sliding_window": None,
+        "tie_embeddings": False,
+        **changes,
+    }
+
+
+def llama3(**sizes: Any) -> Settings:
+    """Llama 3.1 and later: theta 500,000 and the scaling of its frequencies."""
+    scaling = {"kind": "llama3", "factor": 8.0, "original_length": 8192}
+    return llama(**{"rope_theta": 5e5, "rope_scaling": scaling, **sizes})
+
+
+def mistral(**sizes: Any) -> Settings:
+    """Mistral v0.1: a sliding window of 4,096 (None from v0.2 on)."""
+    return llama(**{"sliding_window": 4096, **sizes})
+
+
+def yi(**sizes: Any) -> Settings:
+    """Yi: Llama with theta 5,000,000."""
+    return llama(**{"rope_theta": 5e6, **sizes})
+
+
+def qwen2(**sizes: Any) -> Settings:
+    """Qwen2 and Qwen2.5: biases on q, k and v."""
+    return llama(**{"rope_theta": 1e6, "norm_eps": 1e-6, "qkv_bias": True, **sizes})
+
+
+def qwen3(**sizes: Any) -> Settings:
+    """Qwen3: q and k normalised per head."""
+    return llama(**{"rope_theta": 1e6, "norm_eps": 1e-6, "qk_norm": True, **sizes})

@@ -1,0 +1,97 @@
+"""Saving and resuming a stage of a run: a small facade over Orbax.
+
+    checkpoints/<stage>/frozen/     what the stage does not train, written once
+    checkpoints/<stage>/<step>/     state (trained parameters, optimizer, ...) and meta (JSON)
+
+What a step needs to go on is the state and its number: data order and random keys are functions of the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from vlm_jax.errors import UsageError
+from vlm_jax.training.state import TrainState
+
+
+class Checkpoints:
+    """Checkpoints of one stage. Saving is asynchronous; a step counts once Orbax has committed it."""
+
+    def __init__(self, directory: str, *, keep: int = 2):
+        self._directory = epath.Path(directory).absolute() if "://" not in directory else epath.Path(directory)
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, step_prefix=None),
+            item_names=("state", "meta"),
+        )
+        self._frozen = self._directory / "frozen"
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        with _readable(self._directory, step):
+            return dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+
+    def save_frozen(self, state: TrainState) -> None:
+        """Writes what the stage does not train, unless it is there."""
+        if state.frozen and not self._frozen.exists():
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(self._frozen, state.frozen)
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Begins to save `state`; its arrays may be donated as soon as this returns."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        moving = dataclasses.replace(state, frozen={})
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(moving), meta=ocp.args.JsonSave(meta))
+        )
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of `step`, in the shapes, dtypes and shardings of `like` (which may be abstract)."""
+        moving = dataclasses.replace(like, frozen={})
+        with _readable(self._directory, step):
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(_abstract, moving)))
+            )["state"]
+            frozen: dict[str, jax.Array] = {}
+            if like.frozen:
+                with ocp.StandardCheckpointer() as checkpointer:
+                    frozen = checkpointer.restore(self._frozen, jax.tree.map(_abstract, like.frozen))
+        return dataclasses.replace(restored, frozen=frozen)
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is on disk; raises what went wrong."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+class _readable:
+    """Turns what Orbax raises for a damaged or foreign checkpoint into one sentence."""
+
+    def __init__(self, directory: epath.Path, step: int):
+        self._where = directory / str(step)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError, TypeError)):
+            first = (str(error).splitlines() or [repr(error)])[0]
+            raise UsageError(
+                f"cannot read the checkpoint {self._where}: {first[:300]}; "
+                "delete that folder to go on from the one before it, or choose another --workdir"
+            ) from error
