@@ -16,17 +16,15 @@ import json
 import math
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import ml_collections
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from vlm_jax.errors import UsageError, suggest
-
-ConfigDict = ml_collections.ConfigDict
 
 # What may differ between a run and its resumption: regular expressions over whole dotted paths.
 RESUMABLE = (
@@ -141,7 +139,7 @@ def _run_file(file: str, args: str) -> ConfigDict:
         place = f" line {lines[-1]}" if lines else ""
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"config file {file}{place}: {reason}") from error
-    if not isinstance(config, ConfigDict) or isinstance(config, ml_collections.FrozenConfigDict):
+    if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
         raise UsageError(f"get_config of {file} returned {type(config).__name__}, expected a ml_collections.ConfigDict")
     return config
 
@@ -204,8 +202,7 @@ def _members(group: Any) -> Iterator[tuple[str, Any]]:
     names = [item.get("name") if isinstance(item, Mapping | ConfigDict) else None for item in group]
     for index, item in enumerate(group):
         name = names[index]
-        unique = isinstance(name, str) and names.count(name) == 1
-        yield (name if unique else str(index)), item
+        yield (name if isinstance(name, str) and names.count(name) == 1 else str(index)), item
 
 
 def _child(config: ConfigDict, holder: Any, walked: Sequence[str], part: str, key: str) -> Any:
@@ -262,9 +259,9 @@ def parse_value(text: str, present: Any, path: str, *, field_type: type | None =
         return UsageError(f"{path} expects {expected}, got {text!r} (now {present!r})")
 
     if issubclass(kind, bool):
-        if text.lower() not in _BOOLS:
+        if (flag := _BOOLS.get(text.lower())) is None:
             raise wrong("true or false")
-        return _BOOLS[text.lower()]
+        return flag
     if text == "None" or (text == "none" and not issubclass(kind, str)):
         if issubclass(kind, int | float | str | type(None)):
             return None
@@ -342,12 +339,20 @@ def _items(text: str, present: Sequence[Any], wrong: Any) -> list[Any]:
         return items
     words = [word.strip() for word in text.split(",")] if text.strip() else []
     words = words[:-1] if words and words[-1] == "" else words
-    readers = {int: _whole_number, float: _number, str: str, bool: lambda word: _BOOLS.get(word.lower())}
-    kind = kinds.pop() if len(kinds) == 1 else None
-    items = [readers.get(kind, _literal)(word) for word in words]
-    if kind in readers and any(item is None for item in items):
+    kind = kinds.pop() if len(kinds) == 1 else type(None)
+    items = [_READERS.get(kind, _literal)(word) for word in words]
+    if kind in _READERS and None in items:
         raise wrong(f"a list of {kind.__name__}")
     return items
+
+
+# How a word is read as each type; None: it cannot be.
+_READERS: dict[type, Callable[[str], Any]] = {
+    str: str,
+    int: _whole_number,
+    float: _number,
+    bool: lambda word: _BOOLS.get(word.lower()),
+}
 
 
 # -------------------------------------------------------------------------------------------------- JSON and resuming
@@ -506,9 +511,8 @@ def _flag_value(name: str, kind: Any, text: str) -> Any:
         if text not in kind:
             raise UsageError(f"--{name} expects one of {', '.join(kind)}, got {text!r}{suggest(text, kind)}")
         return text
-    readers = {str: str, int: _whole_number, float: _number, bool: lambda word: _BOOLS.get(word.lower())}
     expected = {int: "a whole number", float: "a number", bool: "true or false"}
-    value = readers[kind](text)
+    value = _READERS[kind](text)
     if value is None:
         raise UsageError(f"--{name} expects {expected[kind]}, got {text!r}")
     return value

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlm_jax.data import SourceSpec
 from vlm_jax.errors import UsageError
 from vlm_jax.models.schema import from_dict
 
@@ -28,8 +29,8 @@ def experiment(*, seed: int = 42) -> ConfigDict:
             "buckets": {"lengths": (512, 1024, 2048), "tiles": (1, 4)},
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "dtype": "bfloat16",  # of the computation; float32 is right on a CPU
-            "frozen_dtype": "bfloat16",  # of weights that are not trained; masters are always float32
-            "remat": "full",  # none, full, dots or offload
+            "frozen_dtype": "float32",  # of weights that are not trained; trained ones are float32
+            "remat": "none",  # none, full, dots or offload
             "loss_norm": "global_tokens",  # or rank_mean, over `loss_ranks` groups of the batch
             "loss_ranks": 8,
             "optimizer": {
@@ -42,7 +43,13 @@ def experiment(*, seed: int = 42) -> ConfigDict:
             },
             "ema": None,  # decay of an average of the trained weights, which evaluation and export then use
             "stages": (),
-            "eval": {"every": 500, "max_samples": 256, "batch": 64, "max_new_tokens": 64},  # every 0: at the end only
+            "eval": {  # every 0: at the end only; `by` groups the final table by these keys of the records
+                "every": 500,
+                "max_samples": 256,
+                "batch": 64,
+                "max_new_tokens": 64,
+                "by": (),
+            },
             "log": {"every": 10, "tensorboard": True, "wandb": None},
             "checkpoint": {"every": 500, "keep": 2},
         },
@@ -83,21 +90,12 @@ def stage(
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """A file of records; `weight` is how often each is seen per epoch."""
-
-    path: str
-    images: str | None = None
-    weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
 class Stage:
     """A stage as the trainer runs it."""
 
     name: str
-    train: tuple[Source, ...]
-    eval: Source | None
+    train: tuple[SourceSpec, ...]
+    eval: SourceSpec | None
     template: str
     samples: int
     lr: float
@@ -120,7 +118,7 @@ def stages(config: ConfigDict) -> list[Stage]:
         if isinstance(train, str):
             train = ({"path": train},)
         sources = tuple(
-            from_dict(Source, {"images": images, **dict(one)}, f"stages.{values.name}.data.train") for one in train
+            from_dict(SourceSpec, {"images": images, **dict(one)}, f"stages.{values.name}.data.train") for one in train
         )
         evaluation = data.eval or (values.data.eval if not data.train else None)
         samples = config.batch.samples or values.samples
@@ -131,7 +129,7 @@ def stages(config: ConfigDict) -> list[Stage]:
             Stage(
                 name=values.name,
                 train=sources,
-                eval=Source(evaluation, images) if evaluation else None,
+                eval=SourceSpec(evaluation, images) if evaluation else None,
                 template=values.template,
                 samples=samples,
                 lr=float(values.lr),

@@ -12,9 +12,8 @@ canvases of `eval.json` show only scans that neither `train.json` nor `align.jso
     DIR/tokenizer/   word-level tokenizer, opens with `transformers.AutoTokenizer`
     DIR/digits.json  the settings it was made with; its presence says that the directory is complete
 
-Every record keeps `scans` (how many are on the canvas) and `layout` ([[cell, digit, number of the scan], ...] in reading
-order). Digits are balanced within every group of the mixture. The mixture, in percent of the questions, and the
-questions:
+Every record keeps `scans` (how many are on the canvas) and `layout` ([[cell, digit, number of the scan], ...] in
+reading order). Digits are balanced within every group of the mixture. The mixture, in percent of the questions:
 
     scans on the canvas    1   2   3   4   all
     which                 16   4   4   4    28   Which digit is this? | Which digit is top left?         7
@@ -68,11 +67,12 @@ TURNS = (1, 2, 3)  # weights of conversations of 1, 2, 3 turns: a longer one tra
 
 HELD_OUT_PER_DIGIT = 25
 
-# Ranges of the augmentation. A scan's box never leaves its cell by more than OVERHANG pixels, its corners being blank.
+# Ranges of the augmentation. The unrotated box of a scan stays MARGIN pixels within its cell, because some digits fill
+# their corners and a 5 without its bar is no 5.
 ROTATION = np.deg2rad(10.0)
 SHEAR = 0.1
 SCALE = (0.88, 1.08)
-OVERHANG = 0.5
+MARGIN = 0.5
 
 # The atlas of smooth scans: each is given BORDER blank pixels around and drawn UPSAMPLE times as large, once.
 BORDER = 2
@@ -170,7 +170,8 @@ def _write(directory: Path, samples: dict[str, int], seed: int) -> None:
         words, pixels = np.random.default_rng([seed, number, 0]), np.random.default_rng([seed, number, 1])
         records = build(words, Deck(words, by_digit), samples[split])
         (directory / "images" / split).mkdir(parents=True)
-        for i, (record, canvas) in enumerate(zip(records, render([r["layout"] for r in records], atlas, pixels))):
+        canvases = render([record["layout"] for record in records], atlas, pixels)
+        for i, (record, canvas) in enumerate(zip(records, canvases, strict=True)):
             record["image"] = f"{split}/{i:05d}.png"
             Image.fromarray(canvas).save(directory / "images" / record["image"], compress_level=1)
         lines = (json.dumps({"id": f"digits-{split}-{i:05d}", **record}) for i, record in enumerate(records))
@@ -247,7 +248,7 @@ def align_records(rng: np.random.Generator, deck: Deck, count: int) -> list[Reco
 def train_records(rng: np.random.Generator, deck: Deck, count: int) -> list[Record]:
     layouts = deck.deal(_shuffled(rng, SCANS, SIZES, count))
     records = []
-    for layout, turns in zip(layouts, _shuffled(rng, (1, 2, 3), TURNS, count)):
+    for layout, turns in zip(layouts, _shuffled(rng, (1, 2, 3), TURNS, count), strict=True):
         unasked = questions(layout)
         asked = []
         for _ in range(turns):
@@ -260,8 +261,9 @@ def train_records(rng: np.random.Generator, deck: Deck, count: int) -> list[Reco
 
 def eval_records(rng: np.random.Generator, deck: Deck, count: int) -> list[Record]:
     groups = list(itertools.product(KINDS, SCANS))
+    shares = _shares([MIXTURE[kind][size - 1] for kind, size in groups], count)
     records = []
-    for (kind, size), share in zip(groups, _shares([MIXTURE[kind][size - 1] for kind, size in groups], count)):
+    for (kind, size), share in zip(groups, shares, strict=True):
         for layout in deck.deal([size] * share):
             while not (choices := questions(layout)[kind]):  # "where" on a canvas whose digits all come twice
                 (layout,) = deck.deal([size])
@@ -303,30 +305,36 @@ def smooth_scans(images: np.ndarray) -> np.ndarray:
 
 
 def render(layouts: Sequence[Layout], atlas: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Draws the canvases, uint8 [CANVAS_SIDE, CANVAS_SIDE, 3] each; 512 at a time, to stay within a few megabytes."""
-    for start in range(0, len(layouts), 512):
-        some = layouts[start : start + 512]
+    """Draws the canvases, uint8 [CANVAS_SIDE, CANVAS_SIDE, 3] each; 64 at a time, which stay in the cache."""
+    for start in range(0, len(layouts), 64):
+        some = layouts[start : start + 64]
         canvas = np.repeat(np.arange(len(some)), [len(layout) for layout in some])
         cell, _, scan = np.array([glyph for layout in some for glyph in layout]).T
-        ink = np.zeros((len(some), 2, 2, CELL_SIDE, CELL_SIDE), np.float32)
-        ink[canvas, cell // 2, cell % 2] = draw_scans(atlas, scan, rng)
-        ink = ink.transpose(0, 1, 3, 2, 4).reshape(-1, CANVAS_SIDE, CANVAS_SIDE, 1)
+        cells = np.zeros((len(some), 2, 2, CELL_SIDE, CELL_SIDE), np.float32)
+        cells[canvas, cell // 2, cell % 2] = draw_scans(atlas, scan, rng)
+        yield from paint(cells.transpose(0, 1, 3, 2, 4).reshape(-1, CANVAS_SIDE, CANVAS_SIDE, 1), rng)
 
-        paper = rng.uniform(200, 250, (len(some), 1, 1, 1)) + rng.uniform(-20, 5, (len(some), 1, 1, 3))
-        pen = rng.uniform(10, 60, (len(some), 1, 1, 1)) + rng.uniform(-10, 50, (len(some), 1, 1, 3))
-        noise = rng.standard_normal(ink.shape, np.float32) * rng.uniform(0, 6, (len(some), 1, 1, 1))
-        pixels = paper.astype(np.float32) + ink * (pen - paper).astype(np.float32) + noise.astype(np.float32)
-        yield from pixels.clip(0, 255).round().astype(np.uint8)
+
+def paint(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Ink [R, H, W, 1] from 0 to 1 -> uint8 [R, H, W, 3]: a dark coloured pen on light, tinted and noisy paper."""
+
+    def each(low: float, high: float, channels: int = 1) -> np.ndarray:
+        return rng.uniform(low, high, (len(ink), 1, 1, channels)).astype(np.float32)
+
+    paper = each(200, 250) + each(-20, 5, channels=3)
+    pen = each(10, 60) + each(-10, 30, channels=3)
+    noise = each(0, 6) * rng.standard_normal(ink.shape, np.float32)
+    return (paper + noise + ink * (pen - paper)).round().clip(0, 255).astype(np.uint8)
 
 
 def draw_scans(atlas: np.ndarray, scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draws the scans of these numbers, int [M], with their augmentation into cells: ink [M, CELL_SIDE, CELL_SIDE]."""
 
-    def each(low, high):
+    def each(low: float, high: float) -> np.ndarray:
         return rng.uniform(low, high, (len(scan), 1, 1)).astype(np.float32)
 
     angle, shear, scale = each(-ROTATION, ROTATION), each(-SHEAR, SHEAR), each(*SCALE)
-    room = (CELL_SIDE - SCAN_SIDE * scale) / 2 + OVERHANG
+    room = (CELL_SIDE - SCAN_SIDE * scale) / 2 - MARGIN
     centre = np.arange(CELL_SIDE, dtype=np.float32) + 0.5 - CELL_SIDE / 2
     x, y = centre - each(-1, 1) * room, centre[:, None] - each(-1, 1) * room
     # From a place in the cell back to a place in the atlas: the inverse of scale, shear and rotation.

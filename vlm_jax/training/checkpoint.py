@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -50,6 +51,8 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         moving = dataclasses.replace(state, frozen={})
+        if jax.default_backend() == "cpu":  # there the host copy would be the very buffer that the next step reuses
+            moving = jax.tree.map(jnp.copy, moving)
         self._manager.save(
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(moving), meta=ocp.args.JsonSave(meta))
         )

@@ -82,13 +82,13 @@ class Decoder(nnx.Module):
     def __init__(self, scope: Scope, config: DecoderConfig):
         self.config = config
         width = config.hidden_size
-        self.embed = Embedding(scope / "embed", config.vocab_size, width, init=normal(0.02))
+        self.embed = Embedding(scope / "embed", config.vocab_size, width, init=normal(width**-0.5))
         self.layers = Block(scope.stacked(config.num_layers) / "layers", config)
         self.final_norm = RMSNorm(scope / "final_norm", width, eps=config.norm_eps)
         self.lm_head = (
             None
             if config.tie_embeddings
-            else Linear(scope / "lm_head", width, config.vocab_size, axes=("embed", "vocab"), init=normal(0.02))
+            else Linear(scope / "lm_head", width, config.vocab_size, axes=("embed", "vocab"))
         )
 
     def __call__(

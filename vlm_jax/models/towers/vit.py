@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import einops
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -102,9 +105,9 @@ class ViT(nnx.Module):
             bias=config.patch_bias,
         )
         count = config.patches + config.class_token
-        self.position_embedding = scope.param("position_embedding", (count, features), (None, "embed"), normal(0.02))
+        self.position_embedding = scope.param("position_embedding", (count, features), (None, "embed"), sincos2d)
         self.class_token = (
-            scope.param("class_token", (features,), ("embed",), normal(0.02)) if config.class_token else None
+            scope.param("class_token", (features,), ("embed",), normal(features**-0.5)) if config.class_token else None
         )
         self.pre_norm = LayerNorm(scope / "pre_norm", features, eps=config.norm_eps) if config.pre_norm else None
         self.layers = Block(scope.stacked(config.num_layers) / "layers", config)
@@ -131,6 +134,20 @@ class ViT(nnx.Module):
         if self.class_token is not None and not config.keep_class_token:
             x = x[:, 1:]
         return x
+
+
+def sincos2d(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+    """Sines and cosines of row and column, [P, D] or, with a zero row for the class token, [1 + P, D]: a start from which
+    small sets are learnt faster than from noise (Beyer et al., 2022)."""
+    del key
+    count, features = shape
+    side = math.isqrt(count)
+    quarter = -(-features // 4)
+    rates = 1.0 / 10_000 ** (np.arange(quarter) / max(quarter - 1, 1))
+    angles = np.arange(side)[:, None] * rates
+    waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [side, D / 2]
+    table = np.concatenate([np.repeat(waves, side, axis=0), np.tile(waves, (side, 1))], axis=1)[:, :features]
+    return jnp.asarray(np.concatenate([np.zeros((count - side**2, features)), table]), dtype)
 
 
 def normalise(tiles: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:

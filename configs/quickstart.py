@@ -1,0 +1,55 @@
+"""A small LLaVA from scratch that reads handwriting: two minutes of captions, then conversations.
+
+    python -m vlm_jax.train --config=configs/quickstart.py         # a laptop CPU, a few minutes
+    python -m vlm_jax.train --config=configs/quickstart.py:tiny    # the same in seconds, to see that all of it runs
+
+Data: the 1,797 scans of sklearn's digits, drawn onto canvases of one to four (vlm_jax/data/digits.py states the mixture
+of questions). Accuracy is measured on scans that training never saw. Aims for 98 % on "which digit" on single scans
+and 90 % over the mixture.
+"""
+
+from vlm_jax.config import variants
+from vlm_jax.models.presets import llama, llava, vit
+from vlm_jax.recipe import experiment, stage
+
+
+def get_config(args: str = ""):
+    v = variants(args, "tiny")
+    c = experiment(seed=0)
+    c.model = llava(
+        # A patch is one cell of the canvas. Pixels are mostly paper, hence the mean.
+        vision=vit(image_size=32, patch_size=16, hidden_size=192, num_layers=2, num_heads=6, mean=(0.8,) * 3, std=(0.25,) * 3),
+        connector="mlp2x_gelu",
+        decoder=llama(
+            vocab_size=72,
+            hidden_size=192,
+            intermediate_size=512,
+            num_layers=3,
+            num_heads=6,
+            tie_embeddings=True,
+        ),
+    )
+    c.tokenizer = "digits:tokenizer"
+    c.images.mode = "resize"
+    c.dtype = "float32"  # bfloat16 is slower on a CPU
+    c.stages = (
+        stage("align", train="digits:align", template="plain", samples=64, lr=1e-3, steps=300, warmup=0.05),
+        stage("finetune", train="digits:train", eval="digits:eval", template="vicuna_v1", samples=64, lr=1e-3, steps=600, warmup=0.05),
+    )
+    c.optimizer.b2 = 0.98
+    c.optimizer.weight_decay = 0.05
+    c.optimizer.clip_norm = 1.0
+    c.buckets.lengths = (24, 40, 56)
+    c.buckets.tiles = (1,)
+    c.log.every = 50
+    c.eval.every = 200
+    c.eval.max_samples = 100
+    c.eval.batch = 100
+    c.eval.max_new_tokens = 16
+    c.eval.by = ("kind", "scans")
+    c.checkpoint.every = 200
+    if v.tiny:
+        for one, steps in zip(c.stages, (4, 6), strict=True):
+            one.steps, one.samples = steps, 8
+        c.eval.every, c.log.every, c.checkpoint.every = 3, 1, 2
+    return c

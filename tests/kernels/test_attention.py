@@ -1,0 +1,304 @@
+"""Attention against its definition in float64 numpy, written here with its gradients by hand."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vlm_jax.errors import UsageError
+from vlm_jax.kernels import attention
+from vlm_jax.kernels.attention import xla
+from vlm_jax.kernels.attention.shapes import SMALL, AttentionShape
+
+# Sums of some dozens of float32 products of order 1; the largest gradient here is about 10.
+TOLERANCE = 2e-5
+# Compiling is most of these tests. The second option has gone from jax 0.12.
+QUICK = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):
+    QUICK["xla_cpu_use_fusion_emitters"] = False
+
+
+def definition(arrays, options, d_out):
+    """Output and gradients (q, k, v, bias) in float64, and which queries see something."""
+    q, k, v = (arrays[name].astype(np.float64) for name in "qkv")
+    batch, queries, heads, features = q.shape
+    keys, group = k.shape[1], heads // k.shape[2]
+    k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
+    scale = options.get("scale") or features**-0.5
+    raw = np.einsum("bthd,bshd->bhts", q, k) * scale
+    cap, slope = options.get("softcap"), 1.0
+    if cap is not None:
+        slope = 1 - np.tanh(raw / cap) ** 2
+        raw = cap * np.tanh(raw / cap)
+    if "bias" in arrays:
+        raw = raw + arrays["bias"]
+
+    q_at = options.get("q_positions", np.arange(queries)[None])[:, None, :, None]
+    k_at = options.get("kv_positions", np.arange(keys)[None])[:, None, None, :]
+    seen = np.ones((batch, 1, queries, keys), bool)
+    if options.get("causal"):
+        seen &= k_at <= q_at
+    if options.get("sliding_window") is not None:
+        seen &= q_at - k_at < options["sliding_window"]
+    if "q_segment_ids" in options:
+        q_ids = options["q_segment_ids"][:, None, :, None]
+        seen &= (q_ids == options["kv_segment_ids"][:, None, None, :]) & (q_ids != 0)
+
+    weights = np.where(seen, np.exp(raw - raw.max()), 0)
+    weights = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    out = np.einsum("bhts,bshd->bthd", weights, v)
+
+    d_weights = np.einsum("bthd,bshd->bhts", d_out, v)
+    d_raw = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
+    grads = {}
+    if "bias" in arrays:
+        axes = tuple(axis for axis, size in enumerate(arrays["bias"].shape) if size == 1)
+        grads["bias"] = d_raw.sum(axes, keepdims=True)
+    d_raw = d_raw * slope * scale
+    grads["q"] = np.einsum("bhts,bshd->bthd", d_raw, k)
+    shared = (batch, keys, heads // group, group, features)
+    grads["k"] = np.einsum("bhts,bthd->bshd", d_raw, q).reshape(shared).sum(3)
+    grads["v"] = np.einsum("bhts,bthd->bshd", weights, d_out).reshape(shared).sum(3)
+    return out, grads, np.broadcast_to(seen.any(-1)[:, 0], (batch, queries))
+
+
+def run(arrays, options, d_out, call=attention):
+    """Output and gradients of `call`, compiled together."""
+
+    def loss(arrays, d_out):
+        out = call(**arrays, **options)
+        return (out.astype(jnp.float32) * d_out).sum(), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(arrays, d_out)
+    return out, grads
+
+
+def assert_close(got, want, tolerance=TOLERANCE):
+    for name in want[1]:
+        np.testing.assert_allclose(got[1][name], want[1][name], rtol=tolerance, atol=tolerance, err_msg=f"d_{name}")
+    np.testing.assert_allclose(got[0], want[0], rtol=tolerance, atol=tolerance)
+
+
+def made(shape: AttentionShape):
+    arrays, options = shape.arguments()
+    return arrays, options, np.random.default_rng(1).standard_normal(arrays["q"].shape, np.float32)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks that divide nothing and need every loop."""
+
+    def choose(q_shape, kv_shape, **_):
+        return xla.Blocks(1, 1, min(q_shape[1], 16), min(kv_shape[1], 24))
+
+    monkeypatch.setattr(xla, "choose_blocks", choose)
+
+
+INTERPRETED = ["odd_causal_grouped", "packed_window_softcap", "cross_packed"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_equals_the_definition(name, small_blocks) -> None:
+    arrays, options, d_out = made(SMALL[name])
+    want = definition(arrays, options, d_out)
+    assert_close(run(arrays, {**options, "implementation": "reference"}, d_out), want)
+    assert_close(run(arrays, {**options, "implementation": "xla"}, d_out), want)
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_one_block_and_the_tpu_kernel_equal_the_definition(name) -> None:
+    arrays, options, d_out = made(SMALL[name])
+    want = definition(arrays, options, d_out)
+    assert_close(run(arrays, {**options, "implementation": "xla"}, d_out), want)
+    assert_close(run(arrays, {**options, "implementation": "pallas_interpret"}, d_out), want)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_interpret"])
+def test_what_sees_nothing_gives_exactly_zero(implementation) -> None:
+    arrays, options, d_out = made(SMALL["cross_packed"])
+    *_, seeing = definition(arrays, options, d_out)
+    assert (~seeing).sum() > (options["q_segment_ids"] == 0).sum() > 0  # some ids have no partner
+    out, grads = run(arrays, {**options, "implementation": implementation}, d_out)
+    assert not np.asarray(out)[~seeing].any() and not np.asarray(grads["q"])[~seeing].any()
+    unseen = options["kv_segment_ids"] == 0
+    assert unseen.any() and not np.asarray(grads["k"])[unseen].any() and not np.asarray(grads["v"])[unseen].any()
+    assert all(np.isfinite(x).all() for x in (out, *grads.values()))
+
+
+def test_a_bias_of_minus_infinity_hides_without_nan(small_blocks) -> None:
+    arrays, options, d_out = made(SMALL["bias_per_head"])
+    arrays["bias"][:, :, :5] = -np.inf  # these queries see nothing
+    arrays["bias"][:, :, :, 3] = -np.inf
+    for implementation in ("reference", "xla"):
+        out, grads = run(arrays, {**options, "implementation": implementation}, d_out)
+        assert not np.asarray(out)[:, :5].any()
+        assert all(np.isfinite(x).all() for x in (out, *grads.values()))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_bf16_is_summed_in_float32(implementation, small_blocks) -> None:
+    ones = np.ones((1, 2000, 1, 8), jnp.bfloat16)  # adding 1 in bf16 stops at 256
+    arrays = {"q": 0 * ones[:, :1], "k": ones, "v": ones}
+    out, grads = run(arrays, {"implementation": implementation}, np.ones((1, 1, 1, 8), np.float32))
+    assert out.dtype == jnp.bfloat16 and (out == 1).all()
+    np.testing.assert_allclose(grads["v"].astype(jnp.float32), 1 / 2000, rtol=2**-8)
+
+
+def test_scale_and_bf16_inputs_stay_within_bf16_of_the_definition() -> None:
+    arrays, options, d_out = made(SMALL["packed_causal"])
+    arrays = {name: np.asarray(jnp.asarray(x, jnp.bfloat16)) for name, x in arrays.items()}
+    options = {**options, "scale": 0.7}
+    want = definition(arrays, options, d_out)
+    got = run(arrays, options, d_out)
+    assert_close((np.float64(got[0]), {n: np.float64(x) for n, x in got[1].items()}), want, 4e-2)
+
+
+# --------------------------------------------------------------------------------------------------------------- meshes
+
+
+def placed(mesh, tree, specs):
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
+
+
+ROWS = ("data", "fsdp")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heads", "kv_heads", "implementation"),
+    [
+        ((2, 2, 2), 4, 2, None),
+        ((2, 2, 2), 4, 2, "reference"),
+        ((2, 2, 2), 4, 2, "pallas_interpret"),
+        ((2, 1, 4), 8, 2, None),  # two devices share a key head
+        ((1, 2, 4), 12, 1, "pallas_interpret"),
+        ((1, 1, 1), 4, 2, None),
+    ],
+)
+def test_eight_devices_equal_one(sizes, heads, kv_heads, implementation, small_blocks, explicit_mesh) -> None:
+    arrays, options, d_out = made(AttentionShape(4, 40, 40, heads, kv_heads, 8, causal=True, segments=2))
+    want = definition(arrays, options, d_out)
+    mesh = explicit_mesh(*sizes)
+    spec = P(ROWS, None, "tensor", None)
+    key_spec = spec if kv_heads % sizes[2] == 0 else P(ROWS, None, None, None)
+    with jax.set_mesh(mesh):
+        specs = {"q": spec, "k": key_spec, "v": key_spec}
+        got = run(placed(mesh, arrays, specs), {**options, "implementation": implementation}, placed(mesh, d_out, spec))
+        assert_close(got, want)
+        assert jax.typeof(got[0]).sharding.spec == spec
+        assert {name: jax.typeof(x).sharding.spec for name, x in got[1].items()} == specs
+
+
+def test_a_bias_and_a_scan_with_checkpoint_on_eight_devices(small_blocks, explicit_mesh) -> None:
+    arrays, options, d_out = made(AttentionShape(4, 20, 30, 4, 2, 8, segments=2, bias=(1, 4, 20, 30)))
+    want = definition(arrays, options, d_out)
+    mesh = explicit_mesh(2, 2, 2)
+    spec = P(ROWS, None, "tensor", None)
+
+    def layers(q, **rest):
+        """q passes a second, empty layer, so that the attention stands in a scan under a checkpoint."""
+
+        def layer(carry, first):
+            out = jax.checkpoint(lambda q: attention(q, **rest))(carry)
+            return jnp.where(first, out, carry), None
+
+        return jax.lax.scan(layer, q, jnp.array([True, False]))[0]
+
+    with jax.set_mesh(mesh):
+        specs = {"q": spec, "k": spec, "v": spec, "bias": P(None, "tensor", None, None)}
+        assert_close(run(placed(mesh, arrays, specs), options, placed(mesh, d_out, spec), layers), want)
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_sharded_sequence_equals_a_whole_one(outside, small_blocks, explicit_mesh) -> None:
+    arrays, options, d_out = made(AttentionShape(2, 64, 64, 4, 2, 8, causal=True, sliding_window=30, segments=2))
+    want = definition(arrays, options, d_out)
+    mesh = explicit_mesh(2, 4, 1)
+    spec, ids = P("data", "fsdp", None, None), options.pop("q_segment_ids")
+    options.pop("kv_segment_ids")
+
+    def local(q, k, v, ids):
+        axis = None if outside else "fsdp"
+        return attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, axis_name=axis, **options)
+
+    with jax.set_mesh(mesh):
+        ids = placed(mesh, ids, P("data", "fsdp"))
+        whole = local if outside else jax.shard_map(local, in_specs=(spec,) * 3 + (P("data", "fsdp"),), out_specs=spec)
+        arrays = placed(mesh, arrays, dict.fromkeys("qkv", spec))
+        assert_close(run(arrays, {}, placed(mesh, d_out, spec), lambda q, k, v: whole(q, k, v, ids)), want)
+
+
+# --------------------------------------------------------------------------------------------- memory, choice, mistakes
+
+
+def test_no_array_of_all_scores() -> None:
+    shape = AttentionShape(1, 2048, 2048, 8, 2, 16, causal=True, segments=3)
+    scores = 8 * 2048 * 2048 * 4
+    arrays, options, d_out = made(shape)
+
+    def temporary(implementation):
+        def loss(arrays):
+            return (attention(**arrays, **options, implementation=implementation) * d_out).sum()
+
+        return jax.jit(jax.grad(loss)).lower(arrays).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary("xla") < scores / 8
+    assert temporary("reference") > scores  # so that the measure measures
+
+
+def lowered_for_tpu(call, *args) -> str:
+    return jax.jit(call).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_none_is_splash_where_the_call_is_lowered_for_a_tpu(explicit_mesh) -> None:
+    q = jax.ShapeDtypeStruct((2, 300, 4, 64), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((2, 300), jnp.int32)
+
+    def call(q, ids, **options):
+        return attention(q, q, q, causal=True, q_segment_ids=ids, kv_segment_ids=ids, **options)
+
+    gradient = jax.grad(lambda q, ids: call(q, ids).astype(jnp.float32).sum())
+    assert lowered_for_tpu(gradient, q, ids).count("tpu_custom_call") == 3  # forward, dq, dkv
+    for options in ({"implementation": "xla"}, {"q_positions": jnp.zeros((2, 300), int)}):
+        assert "tpu_custom_call" not in lowered_for_tpu(lambda q, ids, o=options: call(q, ids, **o), q, ids)
+    assert "custom_call" not in jax.jit(call).lower(q, ids).as_text()
+
+    # Ahead of time for a mesh of TPUs, the mesh says it while tracing.
+    device = jax.sharding.AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = explicit_mesh(2, 1, 1).abstract_mesh.update(abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        sharded = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P("data"))) for x in (q, ids)]
+        assert "splash" in str(jax.make_jaxpr(call)(*sharded))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"implementation": "palas"}, UsageError, "did you mean 'pallas'"),
+        ({"implementation": "pallas_interpret", "bias": np.zeros((1, 1, 1, 8))}, UsageError, "takes no bias"),
+        (
+            {"implementation": "pallas_interpret", "causal": True, "q_positions": np.zeros((2, 8), int)},
+            UsageError,
+            "index",
+        ),
+        ({"q_segment_ids": np.ones((2, 8), int)}, ValueError, "together"),
+        ({"q_positions": np.ones((1, 8), int)}, ValueError, "expected q_positions"),
+        ({"causal": True, "k": np.ones((2, 9, 2, 4)), "v": np.ones((2, 9, 2, 4))}, ValueError, "give q_positions"),
+        ({"k": np.ones((2, 8, 3, 4)), "v": np.ones((2, 8, 3, 4))}, ValueError, "3 key heads do not divide 2"),
+        ({"sliding_window": 0}, ValueError, "at least 1"),
+        ({"bias": np.zeros((2, 3, 8, 8))}, ValueError, "does not broadcast"),
+    ],
+)
+def test_a_mistake_is_one_sentence(change, error, says) -> None:
+    x = np.ones((2, 8, 2, 4), np.float32)
+    with pytest.raises(error, match=says):
+        attention(**{"q": x, "k": x, "v": x, **change})
+
+
+def test_pallas_on_a_cpu_mesh_says_what_to_use(explicit_mesh) -> None:
+    x = jnp.ones((1, 128, 1, 8))
+    with jax.set_mesh(explicit_mesh(1, 1, 1)), pytest.raises(UsageError, match=r"no Pallas kernel for cpu.*'xla'"):
+        attention(x, x, x, implementation="pallas")

@@ -1,0 +1,237 @@
+"""The linear cross-entropy against its definition in float64 numpy, written here with its gradients by hand."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vlm_jax.errors import UsageError
+from vlm_jax.kernels import linear_cross_entropy
+from vlm_jax.kernels.cross_entropy import xla
+from vlm_jax.kernels.cross_entropy.shapes import SMALL
+
+# Float32 logsumexp of some dozens of terms, summed over some dozens of tokens.
+TOLERANCE = 2e-5
+# Compiling is most of these tests. The second option has gone from jax 0.12.
+QUICK = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):
+    QUICK["xla_cpu_use_fusion_emitters"] = False
+
+
+def definition(arrays, options):
+    """total, per-token losses and gradients (hidden, kernel, bias) in float64."""
+    hidden, kernel = arrays["hidden"].astype(np.float64), arrays["kernel"].astype(np.float64)
+    (tokens, _), entries = hidden.shape, kernel.shape[1]
+    logits, slope = hidden @ kernel + arrays.get("bias", np.zeros(entries)), 1.0
+    if (cap := options["softcap"]) is not None:
+        slope = 1 - np.tanh(logits / cap) ** 2
+        logits = cap * np.tanh(logits / cap)
+    logsumexp = np.log(np.exp(logits).sum(-1))
+    labelled = arrays["labels"] != -100
+    smoothing = options["label_smoothing"]
+    target = np.full((tokens, entries), smoothing / entries)
+    target[np.arange(tokens), np.where(labelled, arrays["labels"], 0)] += 1 - smoothing
+    loss = np.where(labelled, logsumexp - (target * logits).sum(-1) + options["z_loss"] * logsumexp**2, 0)
+
+    probability = np.exp(logits - logsumexp[:, None])
+    d_logits = (1 + 2 * options["z_loss"] * logsumexp)[:, None] * probability - target
+    d_logits = d_logits * slope * np.where(labelled, arrays["weights"], 0)[:, None]
+    grads = {"hidden": d_logits @ kernel.T, "kernel": hidden.T @ d_logits, "bias": d_logits.sum(0)}
+    return (loss * arrays["weights"]).sum(), loss, {name: grads[name] for name in grads if name in arrays}
+
+
+def run(arrays, options):
+    """As `definition`, of ours: twice the total, so that the factor of the backward pass is not 1."""
+    trained = {name: arrays[name] for name in ("hidden", "kernel", "bias") if name in arrays}
+    rest = {name: x for name, x in arrays.items() if name not in trained}
+
+    def loss(trained, rest):
+        total, per_token = linear_cross_entropy(**trained, **rest, **options)
+        return 2 * total, (total, per_token)
+
+    (_, (total, per_token)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(
+        trained, rest
+    )
+    return total, per_token, {name: x / 2 for name, x in grads.items()}
+
+
+def assert_close(got, want):
+    close = {"rtol": TOLERANCE, "atol": TOLERANCE}
+    np.testing.assert_allclose(got[0], want[0], **close)
+    np.testing.assert_allclose(got[1], want[1], **close)
+    assert got[2].keys() == want[2].keys()
+    for name in want[2]:
+        np.testing.assert_allclose(got[2][name], want[2][name], **close, err_msg=f"d_{name}")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks that divide no length here."""
+    monkeypatch.setattr(xla, "chunk_size", lambda tokens, *_: min(tokens, 7))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_equals_the_definition(name, small_chunks) -> None:
+    arrays, options = SMALL[name].arguments()
+    want = definition(arrays, options)
+    assert_close(run(arrays, {**options, "implementation": "reference"}), want)
+    assert_close(run(arrays, {**options, "implementation": "xla"}), want)
+
+
+def test_one_chunk_equals_the_definition_and_weights_default_to_one() -> None:
+    arrays, options = SMALL["mostly_ignored"].arguments()
+    arrays["weights"] = np.ones_like(arrays["weights"])
+    want = definition(arrays, options)
+    del arrays["weights"]
+    assert_close(run(arrays, options), want)
+
+
+def test_ignored_tokens_are_not_even_read(small_chunks) -> None:
+    arrays, options = SMALL["mostly_ignored"].arguments()
+    want = definition(arrays, options)
+    arrays["hidden"] = np.where(arrays["labels"][:, None] == -100, np.nan, arrays["hidden"])
+    assert_close(run(arrays, options), want)
+    arrays["labels"] = np.full_like(arrays["labels"], -100)
+    total, per_token, grads = run(arrays, options)
+    assert total == 0 and not per_token.any() and not any(np.asarray(x).any() for x in grads.values())
+
+
+def test_weights_and_per_token_losses_carry_no_gradient() -> None:
+    arrays, options = SMALL["everything"].arguments()
+
+    def both(arrays):
+        total, per_token = linear_cross_entropy(labels=labels, **arrays, **options)
+        return total, per_token.sum()
+
+    labels = arrays.pop("labels")
+    of_total, of_losses = jax.jit(jax.jacrev(both))(arrays)
+    assert not of_total["weights"].any() and of_total["bias"].any()
+    assert not any(x.any() for x in of_losses.values())
+
+
+def test_only_the_gradients_that_are_asked_for_are_made(explicit_mesh) -> None:
+    arrays, _ = SMALL["odd"].arguments()
+    labels = arrays["labels"]
+
+    def loss(hidden, kernel):
+        return linear_cross_entropy(hidden, kernel, labels)[0]
+
+    def products(function):
+        return str(jax.make_jaxpr(function)(arrays["hidden"], arrays["kernel"])).count("dot_general")
+
+    gradients = [(), (0,), (1,), (0, 1)]
+    assert [products(jax.grad(loss, wanted) if wanted else loss) for wanted in gradients] == [1, 2, 2, 3]
+    with jax.set_mesh(explicit_mesh(2, 2, 2)):
+        assert [products(jax.grad(loss, wanted) if wanted else loss) for wanted in gradients] == [1, 2, 2, 3]
+
+
+def test_bf16_kernel_gradients_are_summed_in_float32(monkeypatch) -> None:
+    monkeypatch.setattr(xla, "chunk_size", lambda *_: 4)
+    hidden, kernel = np.ones((2048, 1), jnp.bfloat16), np.zeros((1, 2), jnp.bfloat16)
+    *_, grads = run({"hidden": hidden, "kernel": kernel, "labels": np.zeros(2048, int)}, {})
+    assert grads["kernel"].dtype == jnp.bfloat16 and grads["hidden"].dtype == jnp.bfloat16
+    # In steps of 2; in bf16 the sum would stop at 512.
+    np.testing.assert_array_equal(np.float32(grads["kernel"]), [[-1024, 1024]])
+
+
+# --------------------------------------------------------------------------------------------------------------- meshes
+
+
+def placed(mesh, arrays, tokens, kernel, bias):
+    specs = {"hidden": P(tokens, None), "kernel": kernel, "labels": P(tokens), "weights": P(tokens), "bias": bias}
+    return {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()}, specs
+
+
+ROWS = ("data", "fsdp")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "kernel", "bias", "implementation"),
+    [
+        ((2, 2, 2), ROWS, P(None, "tensor"), P("tensor"), None),
+        ((2, 2, 2), ROWS, P(None, "tensor"), P("tensor"), "reference"),
+        ((2, 2, 2), ROWS, P(None, None), P(None), None),
+        ((2, 2, 2), ROWS, P("fsdp", "tensor"), P(None), None),  # the kernel at rest
+        (
+            (2, 2, 2),
+            (*ROWS, "tensor"),
+            P(None, "tensor"),
+            P("tensor"),
+            None,
+        ),  # T takes the axis, the kernel is gathered
+        ((2, 2, 2), None, P(None, ("fsdp", "tensor")), P(None), None),
+        ((1, 1, 1), ROWS, P("fsdp", "tensor"), P("tensor"), None),
+    ],
+)
+def test_eight_devices_equal_one(sizes, tokens, kernel, bias, implementation, monkeypatch, explicit_mesh) -> None:
+    monkeypatch.setattr(xla, "chunk_size", lambda tokens, *_: min(tokens, 6))
+    arrays, options = SMALL["everything"].arguments()
+    arrays = {name: x[:48] if name in ("hidden", "labels", "weights") else x for name, x in arrays.items()}
+    want = definition(arrays, options)
+    mesh = explicit_mesh(*sizes)
+    with jax.set_mesh(mesh):
+        arrays, specs = placed(mesh, arrays, tokens, kernel, bias)
+        got = run(arrays, {**options, "implementation": implementation})
+        assert_close(got, want)
+        assert jax.typeof(got[0]).sharding.spec == P() and jax.typeof(got[1]).sharding.spec == P(tokens)
+        assert all(jax.typeof(x).sharding.spec == specs[name] for name, x in got[2].items())
+
+
+def test_a_vocabulary_sharded_by_hand(small_chunks, explicit_mesh) -> None:
+    arrays, options = SMALL["everything"].arguments()
+    want = definition(arrays, options)
+    specs = {"hidden": P(), "kernel": P(None, "tensor"), "bias": P("tensor")}
+
+    def local(trained):
+        def loss(trained):
+            rest = {"labels": arrays["labels"], "weights": arrays["weights"]}
+            return linear_cross_entropy(**trained, **rest, **options, axis_name="tensor")
+
+        (total, per_token), grads = jax.value_and_grad(loss, has_aux=True)(trained)
+        return total, per_token, grads
+
+    mesh = explicit_mesh(2, 1, 4)
+    with jax.set_mesh(mesh):
+        trained = {name: jax.device_put(arrays[name], NamedSharding(mesh, spec)) for name, spec in specs.items()}
+        call = jax.shard_map(local, in_specs=(specs,), out_specs=(P(), P(), specs))
+        assert_close(jax.jit(call)(trained), want)
+
+
+# ----------------------------------------------------------------------------------------------------- memory, mistakes
+
+
+def test_no_array_of_all_logits() -> None:
+    tokens, features, entries = 4096, 16, 8192
+    hidden, kernel = jax.ShapeDtypeStruct((tokens, features), "f4"), jax.ShapeDtypeStruct((features, entries), "f4")
+    labels = jax.ShapeDtypeStruct((tokens,), "i4")
+
+    def temporary(implementation):
+        def loss(hidden, kernel, labels):
+            return linear_cross_entropy(hidden, kernel, labels, implementation=implementation)[0]
+
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, kernel, labels).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = tokens * entries * 4
+    assert temporary("xla") < logits / 2
+    assert temporary("reference") >= logits  # so that the measure measures
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"implementation": "pallas"}, UsageError, "no Pallas kernel.*'xla'"),
+        ({"implementation": "liger"}, UsageError, "is unknown"),
+        ({"hidden": np.ones((3, 5, 4), np.float32)}, ValueError, r"expected hidden \[T, D\]"),
+        ({"labels": np.ones(5, np.float32)}, ValueError, "must be integers"),
+        ({"weights": np.ones(4, np.float32)}, ValueError, r"expected weights \[5\]"),
+    ],
+)
+def test_a_mistake_is_one_sentence(change, error, says) -> None:
+    good = {"hidden": np.ones((5, 4), np.float32), "kernel": np.ones((4, 6), np.float32), "labels": np.ones(5, int)}
+    with pytest.raises(error, match=says):
+        linear_cross_entropy(**{**good, **change})

@@ -1,0 +1,265 @@
+"""Batches of a run: the same global batch at the same step on any number of processes, workers and restarts.
+
+Slot r of a step is row (r // R, r % R) of its [A, R] rows (A micro-batches, R rows each over all processes); process h
+of H owns the rows h·R/H : (h + 1)·R/H of every micro-batch. A batch belongs to the smallest bucket that holds the rows
+of *all* processes, so these agree on it, one step ahead, with a gather of a few numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vlm_jax.data.bad_records import KINDS, BadRecordList
+from vlm_jax.data.images import ImageSettings
+from vlm_jax.data.order import Order
+from vlm_jax.data.reading import FusionEncoder, Reader, Sample, read
+from vlm_jax.data.rows import PREFIX_FUSION, Row, collate
+from vlm_jax.data.sources import SourceSpec, open_source
+from vlm_jax.data.templates import get_template
+from vlm_jax.errors import UsageError
+
+Item = TypeVar("Item")
+AHEAD = 2  # steps that stand ready, beside those in the readers' hands
+
+
+@dataclasses.dataclass(frozen=True)
+class HostBatch:
+    """The rows of one process in one step.
+
+    arrays: of docs/design.md, each [A, R/H, ...].
+    step: counted from 0 at the start of the order.
+    bucket: (T, K), the same on all processes.
+    samples: usable samples; tokens: T times rows; real_tokens: those that are no padding. All three of all processes.
+    delivered: what became of this process's slots, in their order; empty slots are left out.
+    bad: unusable records so far by kind, of all processes.
+    """
+
+    arrays: Row
+    step: int
+    bucket: tuple[int, int]
+    samples: int
+    tokens: int
+    real_tokens: int
+    delivered: tuple[Sample, ...]
+    bad: Mapping[str, int]
+
+
+class Loader:
+    """Opens the sources and describes the batches; iterating reads them, from `start_step` to the last step.
+
+    Every iteration is a fresh one. Close it (`batches = iter(loader); ...; batches.close()`) to stop threads and
+    workers before its end.
+
+    sources: files of records, or one path.
+    tokenizer, template, images, patches_per_tile: what makes a row (`FusionEncoder`).
+    samples: of a step, over all processes.
+    micro_batches, rows: A and R, with A·R at least `samples`; default one micro-batch of just so many rows. What is
+      left over is rows of padding.
+    lengths, tiles: the buckets' T and K, every T with every K.
+    shuffle: each epoch anew; without, the order of the files.
+    steps: the last step (exclusive), or `epochs` of them (rounded up); default one epoch.
+    workers: processes that read, per process; 0 reads in threads.
+    max_bad_fraction, bad_records: see `BadRecordList`; `bad_records` is its folder, None keeps no list.
+    process_index, process_count: default jax's.
+    agree: gathers one int32 vector [n] of every process -> [process_count, n]; default over jax's devices.
+
+    Raises UsageError for what cannot be opened or does not fit together. Iterating raises UsageError when too many
+    records are bad, at the same step on every process.
+    """
+
+    def __init__(
+        self,
+        sources: str | os.PathLike | Sequence[SourceSpec],
+        *,
+        tokenizer: Any,
+        template: str,
+        images: ImageSettings,
+        patches_per_tile: int,
+        samples: int,
+        lengths: Sequence[int],
+        tiles: Sequence[int] = (1,),
+        micro_batches: int = 1,
+        rows: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        epochs: float | None = None,
+        steps: int | None = None,
+        start_step: int = 0,
+        workers: int = 0,
+        max_bad_fraction: float = 0.01,
+        bad_records: str | os.PathLike | None = None,
+        process_index: int | None = None,
+        process_count: int | None = None,
+        agree: Callable[[np.ndarray], Any] | None = None,
+    ):
+        specs = (SourceSpec(os.fspath(sources)),) if isinstance(sources, (str, os.PathLike)) else tuple(sources)
+        get_template(template)
+        for name, sizes in {"lengths": lengths, "tiles": tiles}.items():
+            if not sizes or min(sizes) < 1:
+                raise UsageError(f"buckets.{name} is {tuple(sizes)}; give at least one size, each at least 1")
+        self.lengths, self.tiles = tuple(sorted(lengths)), tuple(sorted(tiles))
+        self.process_index = jax.process_index() if process_index is None else process_index
+        self.process_count = jax.process_count() if process_count is None else process_count
+        self.micro_batches = micro_batches
+        self.rows = -(-samples // micro_batches) if rows is None else rows
+        if self.micro_batches * self.rows < samples:
+            raise UsageError(f"{micro_batches} micro-batches of {self.rows} rows cannot hold {samples} samples")
+        if self.rows % self.process_count:
+            raise UsageError(
+                f"{self.rows} rows of a micro-batch do not divide among {self.process_count} processes; "
+                "change batch.samples or batch.per_device"
+            )
+        self.sources = tuple(open_source(spec.path, spec.images) for spec in specs)
+        counts, weights = (len(source) for source in self.sources), (float(spec.weight) for spec in specs)
+        self.order = Order(tuple(counts), tuple(weights), samples, seed, shuffle)
+        self.num_samples, self.steps_per_epoch = self.order.num_samples, self.order.steps_per_epoch
+        self.steps = steps if steps is not None else int(np.ceil(self.steps_per_epoch * (epochs or 1.0)))
+        self.start_step = start_step
+        self.encode = FusionEncoder(tokenizer, template, images, patches_per_tile, self.lengths[-1], self.tiles[-1])
+        self._budgets = {"H": images.size, "W": images.size, "P": patches_per_tile}
+        self._workers = workers
+        self._max_bad_fraction = max_bad_fraction
+        self._bad_records = bad_records
+        self._agree = agree or gather_processes
+
+    def __iter__(self) -> Generator[HostBatch]:
+        listed = BadRecordList(self._bad_records, self.start_step, self.process_index, self.process_count)
+        batches = self._batches(Counter(listed.counts))
+        if self.process_count == 1:
+            batches = in_background(batches, AHEAD)
+        with contextlib.closing(batches):
+            for batch in batches:
+                bad = [sample for sample in batch.delivered if sample.kind]
+                listed.add([self._line(batch.step, sample) for sample in bad])
+                seen = self.order.seen(batch.step + 1)
+                listed.check(batch.bad, seen, self.num_samples, self._max_bad_fraction)
+                yield batch
+
+    def _line(self, step: int, sample: Sample) -> dict[str, Any]:
+        source = str(self.sources[sample.source].path)
+        return {"step": step, "id": sample.id, "source": source, "kind": sample.kind, "message": sample.message}
+
+    def _batches(self, bad: Counter[str]) -> Generator[HostBatch]:
+        steps = self._steps()
+        if self.process_count > 1:  # the gather is the main thread's, as everything that the devices do in order
+            steps = in_background(steps, AHEAD)
+        waiting = None
+        with contextlib.closing(steps):
+            for elements in steps:
+                # The gather for the next step is started before this one is delivered, and looked at after, so that
+                # the devices never wait for it.
+                samples = [element["sample"] for element in elements if element["sample"]]
+                bad.update(sample.kind for sample in samples if sample.kind)
+                needs = _needs([element["row"] for element in elements], bad)
+                gathered = needs[None] if self.process_count == 1 else self._agree(needs)
+                if waiting is not None:
+                    yield self._batch(*waiting)
+                waiting = elements, gathered, waiting[2] + 1 if waiting else self.start_step
+            if waiting is not None:
+                yield self._batch(*waiting)
+
+    def _steps(self) -> Generator[list[dict[str, Any]]]:
+        """The elements of this process, a step at a time."""
+        local = self.rows // self.process_count
+        grid = np.arange(self.micro_batches * self.rows).reshape(self.micro_batches, self.process_count, local)
+        slots = grid[:, self.process_index].reshape(-1)
+        reader = Reader(self.order, self.sources, self.encode, slots)
+        first, last = self.start_step * len(slots), self.steps * len(slots)
+        with contextlib.closing(read(reader, first, last, self._workers, ahead=len(slots))) as elements:
+            while step := list(itertools.islice(elements, len(slots))):
+                yield step
+
+    def _batch(self, elements: list[dict[str, Any]], gathered: Any, step: int) -> HostBatch:
+        gathered = np.asarray(gathered)
+        longest, most_tiles = gathered[:, :2].max(0).tolist()
+        samples, real_tokens, *bad = gathered[:, 2:].sum(0).tolist()
+        bucket = _smallest(self.lengths, longest), _smallest(self.tiles, most_tiles)
+        budgets = self._budgets | {"T": bucket[0], "K": bucket[1]}
+        arrays = collate([element["row"] or None for element in elements], PREFIX_FUSION, budgets)
+        return HostBatch(
+            arrays={name: array.reshape(self.micro_batches, -1, *array.shape[1:]) for name, array in arrays.items()},
+            step=step,
+            bucket=bucket,
+            samples=samples,
+            tokens=bucket[0] * self.micro_batches * self.rows,
+            real_tokens=real_tokens,
+            delivered=tuple(element["sample"] for element in elements if element["sample"]),
+            bad=dict(zip(KINDS, bad, strict=True)),
+        )
+
+
+def _needs(rows: Sequence[Row], bad: Mapping[str, int]) -> np.ndarray:
+    """What the processes tell each other: longest row, most tiles, samples, tokens, bad records of each kind."""
+    lengths = [len(row["tokens"]) for row in rows if row]
+    tiles = [len(row["tile_image"]) for row in rows if row]
+    numbers = [max(lengths, default=0), max(tiles, default=0), len(lengths), sum(lengths)]
+    return np.array([*numbers, *(bad[kind] for kind in KINDS)], np.int32)
+
+
+def _smallest(sizes: Sequence[int], needed: int) -> int:
+    return next(size for size in sizes if size >= needed)
+
+
+def gather_processes(numbers: np.ndarray) -> jax.Array:
+    """int32 [n] of each process -> [processes, n] on each. Returns at once; reading the array waits for the devices."""
+    mesh, replicate = _replication()
+    with jax.set_mesh(mesh):
+        spread = jax.make_array_from_process_local_data(NamedSharding(mesh, P("process")), numbers[None])
+        return replicate(spread).addressable_data(0)
+
+
+@functools.cache
+def _replication() -> tuple[Mesh, Callable[[jax.Array], jax.Array]]:
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    mesh = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("process", "device"))
+    return mesh, jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
+
+
+def in_background(items: Generator[Item], ahead: int) -> Generator[Item]:
+    """Runs a generator in a thread, `ahead` items in advance. Its errors are raised here; closing this closes it."""
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(ahead)
+    stop = threading.Event()
+
+    def put(kind: str, value: Any = None) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put((kind, value), timeout=0.1)
+
+    def run() -> None:
+        try:
+            with contextlib.closing(items):
+                for item in items:
+                    put("item", item)
+                    if stop.is_set():
+                        return
+            put("end")
+        except BaseException as error:
+            put("error", error)
+
+    thread = threading.Thread(target=run, name="vlm_jax-data", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+    finally:
+        stop.set()
+        thread.join(timeout=30.0)

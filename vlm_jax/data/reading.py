@@ -1,0 +1,139 @@
+"""From a number to a row: reads, tokenises and decodes one sample, in threads and worker processes of Grain.
+
+The element of a sample is a pure function of its global step and slot. What is wrong with a record is handled here,
+inside the map, and travels as an element: an exception that crosses Grain's iterator ends the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from vlm_jax.data.conversation import UNTRAINED, encode_conversation
+from vlm_jax.data.images import ImageSettings, open_image, process
+from vlm_jax.data.order import Order
+from vlm_jax.data.records import BadRecord, Record
+from vlm_jax.data.rows import Row, expanded_length, fusion_row
+from vlm_jax.data.sources import Source
+from vlm_jax.errors import UsageError
+
+THREADS = 4  # of the trainer's process, without workers; each worker has two
+SMALL_ARRAY = 1 << 16  # bytes; larger arrays come from a worker through shared memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What became of one slot. `kind` and `message` say what is wrong with it, both empty if nothing is."""
+
+    slot: int
+    source: int
+    index: int
+    id: str
+    kind: str = ""
+    message: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionEncoder:
+    """Makes prefix-fusion rows (LLaVA) of records.
+
+    longest, most_tiles: a record that needs more of either is bad ("too_long").
+    """
+
+    tokenizer: Any
+    template: str
+    images: ImageSettings
+    patches_per_tile: int
+    longest: int
+    most_tiles: int
+
+    def __call__(self, record: Record, folder: str | os.PathLike) -> Row:
+        """Raises BadRecord. The images are opened last, since that takes the time."""
+        encoded = encode_conversation(record, self.template, tokenizer=self.tokenizer)
+        ids, labels = encoded["input_ids"], encoded["labels"]
+        if (labels == UNTRAINED).all():
+            raise BadRecord("no_trainable_token", f"none of its {len(ids)} tokens is trained")
+        tiles = len(record.images)
+        length = expanded_length(ids, [1] * tiles, self.patches_per_tile)
+        if length > self.longest or tiles > self.most_tiles:
+            raise BadRecord(
+                "too_long",
+                f"it has {length} tokens and {tiles} tiles; the largest bucket holds {self.longest} and "
+                f"{self.most_tiles}",
+            )
+        images = [process(open_image(image, folder), self.images)[None] for image in record.images]
+        return fusion_row(ids, labels, images, self.patches_per_tile, self.images.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """The element number n of one process: slot `slots[n % len(slots)]` of step `n // len(slots)`."""
+
+    order: Order
+    sources: tuple[Source, ...]
+    encode: Callable[[Record, str | os.PathLike], Row]
+    slots: np.ndarray
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        step, local = divmod(number, len(self.slots))
+        slot = int(self.slots[local])
+        place = self.order.at(step, slot)
+        if place is None:
+            return {"sample": None, "row": {}}
+        source, index = place
+        sample = Sample(slot, source, index, f"{self.sources[source].path.stem}-{index}")
+        try:
+            record = self.sources[source][index]
+            sample = dataclasses.replace(sample, id=record.id)
+            return {"sample": sample, "row": self.encode(record, self.sources[source].images)}
+        except BadRecord as error:
+            return {"sample": dataclasses.replace(sample, kind=error.kind, message=str(error)), "row": {}}
+
+
+def read(reader: Reader, first: int, last: int, workers: int, ahead: int) -> Generator[dict[str, Any]]:
+    """The elements `first : last` in order, read about `ahead` of them in advance; to be closed after use.
+
+    workers: processes that read; 0 reads in threads of this one. The elements do not depend on it.
+    """
+    if workers < 0:
+        raise UsageError(f"data.workers is {workers}; give 0 (threads only) or a number of processes")
+    elements = grain.MapDataset.range(first, last).map(reader)
+    threads = 2 if workers else THREADS
+    share = max(-(-ahead // max(workers, 1)), threads)
+    dataset = elements.to_iter_dataset(grain.ReadOptions(threads, share))
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain reads a flag, and outside of absl.app nobody has parsed any
+        options = grain.experimental.DatasetOptions(min_shm_size=SMALL_ARRAY)
+        dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, share), _start_worker)
+    iterator = iter(dataset)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Ctrl-C is the trainer's, and a worker whose trainer is gone (killed, out of memory) goes too.
+
+    Linux could signal that (PR_SET_PDEATHSIG), but it does so when the *thread* that started the worker ends.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,75 @@
+"""One record of any data set, and what may be wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vlm_jax.errors import UsageError
+
+# What may be wrong with a record, and what the user can do about it.
+BAD_KINDS: dict[str, str] = {
+    "missing_image": "check the images folder (--config.data.images)",
+    "broken_image": "replace the files or remove the records",
+    "unsafe_path": "give image paths relative to the images folder, without '..', links out of it or URLs",
+    "image_too_large": "scale the images down",
+    "malformed": "correct the records",
+    "no_trainable_token": "give each record an answer",
+    "too_long": "raise --config.buckets.lengths or --config.buckets.tiles, or shorten the records",
+}
+
+
+class BadRecord(UsageError):
+    """A record that cannot be used. `kind` is one of `BAD_KINDS`; a loader counts it and trains on the others."""
+
+    def __init__(self, kind: str, message: str):
+        if kind not in BAD_KINDS:
+            raise ValueError(f"unknown kind {kind!r}")
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """A place in a message where image number `index` of the record stands."""
+
+    index: int
+
+
+Part = str | Image
+ROLES = ("system", "user", "assistant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """What one side says: texts and images in their order."""
+
+    role: str
+    content: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """The texts alone."""
+        return "".join(part for part in self.content if isinstance(part, str))
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One sample of any source, before anything is read or tokenised.
+
+    images: paths relative to the source's images folder, or images in memory (encoded bytes, PIL images). Each stands
+      exactly once in `messages`, in this order.
+    texts, regions: what dual encoders (C texts of the same images) and single streams (given region features
+      [K, F]) train on; empty for conversations. An interleaved document is one message with many parts.
+    extra: the source's other keys, for evaluation and inspection.
+    """
+
+    id: str
+    messages: tuple[Message, ...] = ()
+    images: tuple[Any, ...] = ()
+    texts: tuple[str, ...] = ()
+    regions: np.ndarray | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,10 @@
+"""Operations with a memory or speed problem of their own: each has a definition and faster implementations of it.
+
+Every operation is a folder: `api.py` (the public function), `reference.py` (plain jnp: the definition), `xla.py`
+(chunked, runs anywhere), kernels per platform, and `shapes.py` (argument shapes shared by tests and benchmarks).
+"""
+
+from vlm_jax.kernels.attention.api import attention
+from vlm_jax.kernels.cross_entropy.api import linear_cross_entropy
+
+__all__ = ["attention", "linear_cross_entropy"]

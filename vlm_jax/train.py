@@ -1,0 +1,386 @@
+"""python -m vlm_jax.train --config=FILE[:ARGS] [--workdir=DIR] [--config.KEY=VALUE ...]
+
+Trains what a config describes, stage after stage. Repeating the command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.compat import check_versions
+from vlm_jax.config import check_resume, default_workdir, load_config, parse_command, plain, split_spec, to_json
+from vlm_jax.errors import UsageError, run_command
+
+
+def main(argv: Sequence[str]) -> None:
+    began = time.monotonic()
+    flags = {"workdir": (str, None, "folder of the run (default runs/<config>[-<args>])")}
+    given = parse_command(argv, flags, config=True, usage=__doc__ or "")
+    config, _ = load_config(given.config, given.overrides)
+    workdir = Path(given.workdir or default_workdir(*split_spec(given.config)))
+    check_versions()
+
+    # The heavy imports come after the command line has been understood.
+    import jax
+
+    from vlm_jax.training.loop import StopSignal
+
+    command = f"python -m vlm_jax.train {shlex.join(w for w in argv if not w.startswith('--workdir'))}"
+    with StopSignal().listening() as stop:
+        with jax.set_mesh(_mesh(config)):
+            Run(config, workdir, command).train(stop, began)
+
+
+def _mesh(config: Any) -> Any:
+    from vlm_jax.sharding import make_mesh
+
+    return make_mesh(**config.mesh)
+
+
+class Run:
+    """A run of all stages of a config in one workdir. Making it checks everything that needs no compilation."""
+
+    def __init__(self, config: Any, workdir: Path, command: str):
+        from vlm_jax.data import open_source
+        from vlm_jax.data.sources import resolve
+        from vlm_jax.families import dtype_of, make_family
+        from vlm_jax.inference.load import find_model, open_tokenizer
+        from vlm_jax.recipe import stages
+        from vlm_jax.training.optimizer import multipliers
+
+        self.config, self.workdir = config, workdir
+        self.family = make_family(plain(config.model), dtype=config.dtype, remat=config.remat)
+        self.frozen_dtype = dtype_of(config.frozen_dtype)
+        self.images = self.family.images(config.images.mode)
+        self.stages = stages(config)
+        for stage in self.stages:
+            multipliers(list(self.family.bound.abstract), stage.groups)
+        self.init_from = find_model(config.init_from) if config.init_from else None
+        if not config.tokenizer and self.init_from is None:
+            raise UsageError("the config names no tokenizer: give --config.tokenizer=FOLDER or a hub id")
+        tokenizer = config.tokenizer or str(self.init_from)
+        self.tokenizer = open_tokenizer(str(resolve(tokenizer)[0]) if _is_local(tokenizer) else tokenizer)
+        if len(self.tokenizer) > self.family.vocab_size:
+            raise UsageError(
+                f"the tokenizer has {len(self.tokenizer)} tokens, but config.model.decoder.vocab_size is "
+                f"{self.family.vocab_size}"
+            )
+        self.loaders = [self._loader(i) for i in range(len(self.stages))]
+        self.eval_sources = [open_source(s.eval.path, s.eval.images) if s.eval else None for s in self.stages]
+        self._check_workdir(command)
+
+    def _check_workdir(self, command: str) -> None:
+        """The workdir is new, or holds a run of the same config; nothing is written before this is known."""
+        file = self.workdir / "config.json"
+        if file.exists():
+            try:
+                before = json.loads(file.read_text())
+            except ValueError as error:
+                raise UsageError(f"{file} is damaged ({error}); choose another --workdir") from error
+            for change in check_resume(before, self.config, workdir=str(self.workdir), command=command):
+                print(f"changed since the run began: {change}")
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(to_json(self.config))
+            temporary.replace(file)
+        except OSError as error:
+            raise UsageError(f"cannot write to --workdir={self.workdir}: {error.strerror}") from error
+
+    def _loader(self, number: int, **changes: Any) -> Any:
+        """The training data of a stage; with `changes`, other data read the same way."""
+        from vlm_jax.data.loader import Loader
+        from vlm_jax.sharding import batch_shards
+
+        config, stage = self.config, self.stages[number]
+        shards = batch_shards()
+        samples = changes.pop("samples", stage.samples)
+        per_device = config.batch.per_device or math.ceil(samples / shards)
+        settings: dict[str, Any] = {
+            "sources": stage.train,
+            "tokenizer": self.tokenizer,
+            "template": stage.template,
+            "images": self.images,
+            "patches_per_tile": self.family.features_per_tile,
+            "samples": samples,
+            "rows": per_device * shards,
+            "micro_batches": math.ceil(samples / (per_device * shards)),
+            "lengths": config.buckets.lengths,
+            "tiles": config.buckets.tiles,
+            "seed": config.seed + number,
+            "epochs": stage.epochs,
+            "steps": stage.steps,
+            "workers": config.data.workers,
+            "max_bad_fraction": config.data.max_bad_fraction,
+            "bad_records": self.workdir / "bad_records" / f"{number}-{stage.name}",
+        }
+        return Loader(**{**settings, **changes})
+
+    def train(self, stop: Any, began: float) -> None:
+        """Runs what is left of every stage, then evaluates and writes the model."""
+        import jax
+
+        from vlm_jax.training.metrics import MetricWriter
+        from vlm_jax.training.plots import plot_curves
+
+        config, first = self.config, jax.process_index() == 0
+        folders = [self.workdir / "checkpoints" / f"{i}-{stage.name}" for i, stage in enumerate(self.stages)]
+        begun = [i for i, folder in enumerate(folders) if _has_step(folder)]
+        params = None
+        with MetricWriter(
+            self.workdir,
+            enabled=first,
+            tensorboard=config.log.tensorboard,
+            wandb=config.log.wandb,
+            config=plain(config),
+        ) as writer:
+            for number in range(begun[-1] if begun else 0, len(self.stages)):
+                if params is None and number not in begun:
+                    params = self._initial_params()
+                params = self._run_stage(number, folders[number], params, writer, stop)
+                self._save_model(number, params)
+            assert params is not None
+            results = self._final_evaluation(params, writer)
+        if first:
+            plot_curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
+            summary = {
+                "stages": {s.name: loader.steps for s, loader in zip(self.stages, self.loaders, strict=True)},
+                "parameters": sum(math.prod(a.shape) for a in self.family.bound.abstract.values()),
+                "seconds": round(time.monotonic() - began, 1),
+                **results,
+            }
+            (self.workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+            self._say_where(results, summary["seconds"])
+
+    def _initial_params(self) -> dict[str, Any]:
+        from vlm_jax.interop.native import load_params, read_config
+
+        abstract = self.family.bound.abstract
+        params = self.family.bound.init(self.config.seed)
+        if self.init_from is None:
+            return params
+        # A base without adapters may be given adapters; they start from zero.
+        fresh = {} if read_config(str(self.init_from))["model"]["lora"] else {p for p in abstract if "/lora_" in p}
+        return params | load_params(str(self.init_from), {p: a for p, a in abstract.items() if p not in fresh})
+
+    def _run_stage(
+        self, number: int, folder: Path, params: dict[str, Any] | None, writer: Any, stop: Any
+    ) -> dict[str, Any]:
+        """Trains a stage from `params`, or from its newest checkpoint, and returns what it ends with."""
+        import jax
+        from jax.sharding import PartitionSpec as P
+
+        from vlm_jax.sharding import RULES, place
+        from vlm_jax.training.checkpoint import Checkpoints
+        from vlm_jax.training.loop import StageRun, run_stage
+        from vlm_jax.training.optimizer import group_table, learning_rates, make_optimizer, make_schedule, multipliers
+        from vlm_jax.training.state import init_state, make_eval_step, make_train_step
+
+        config, stage, loader, family = self.config, self.stages[number], self.loaders[number], self.family
+        rates = multipliers(list(family.bound.abstract), stage.groups)
+        schedule = make_schedule(stage.schedule, peak=stage.lr, total_steps=loader.steps, warmup=stage.warmup)
+        optimizer = make_optimizer(schedule, rates, **config.optimizer)
+        weigh = functools.partial(family.weigh, norm=config.loss_norm, ranks=config.loss_ranks)
+        traces: list[float] = []
+        step = make_train_step(
+            family.loss,
+            weigh,
+            optimizer,
+            seed=config.seed + number,
+            ema_decay=config.ema,
+            on_trace=lambda: traces.append(time.monotonic()),
+        )
+        begin = functools.partial(
+            init_state, rates=rates, optimizer=optimizer, frozen_dtype=self.frozen_dtype, ema=config.ema is not None
+        )
+        checkpoints = Checkpoints(str(folder), keep=config.checkpoint.keep)
+        latest = checkpoints.latest()
+        if latest is None:
+            assert params is not None
+            state = jax.jit(begin, donate_argnums=0)(params)
+            checkpoints.save_frozen(state)
+        else:
+            state = checkpoints.restore(latest, jax.eval_shape(begin, family.bound.abstract))
+        writer.say(f"\nstage {stage.name}: {loader.num_samples:,} samples, {loader.steps:,} steps of {stage.samples}")
+        writer.say(group_table(family.bound.abstract, stage.groups, stage.lr))
+        if latest is not None:
+            writer.say(f"going on from step {latest:,}")
+        mesh = jax.sharding.get_mesh()
+        place_all = lambda arrays: {k: place(v, mesh, P(None, RULES.batch)) for k, v in arrays.items()}  # noqa: E731
+        eval_step = make_eval_step(family.loss, weigh)
+
+        def evaluate(state: Any, step: int) -> Mapping[str, Any]:
+            return self._evaluate(number, _evaluated(state), eval_step, place_all)[0]
+
+        run = StageRun(
+            name=stage.name,
+            steps=loader.steps,
+            batches=lambda start: iter(self._loader(number, start_step=start)),
+            place=place_all,
+            step=step,
+            learning_rates=lambda at: {"learning_rate": float(schedule(at))}
+            | {f"learning_rate/{name}": float(v) for name, v in learning_rates(schedule, stage.groups, at).items()},
+            samples=loader.order.seen,
+            flops=family.costs(rates).of_batch,
+            evaluate=evaluate,
+            log_every=config.log.every,
+            eval_every=config.eval.every if self.eval_sources[number] is not None else 0,
+            save_every=config.checkpoint.every,
+        )
+        state = run_stage(run, state, checkpoints, writer, stop)
+        checkpoints.close()
+        if traces:
+            writer.say(f"stage {stage.name} done: the train step was compiled {len(traces)} time(s)")
+        return _evaluated(state)
+
+    @functools.cached_property
+    def _vlm(self) -> Any:
+        from vlm_jax.inference.vlm import VLM
+
+        return VLM(self.family, {}, tokenizer=self.tokenizer, template="plain", images=self.images)
+
+    def _evaluate(
+        self, number: int, params: dict[str, Any], eval_step: Any, place_all: Any, limit: int | None = None
+    ) -> tuple[dict[str, float], list[Any]]:
+        """Held-out loss and exact match of a stage's evaluation data, and the predictions."""
+        from vlm_jax.data.loader import Loader
+        from vlm_jax.evaluation.exact_match import accuracy, exact_match
+        from vlm_jax.inference.vlm import Request
+
+        config, stage, source = self.config, self.stages[number], self.eval_sources[number]
+        assert stage.eval is not None and source is not None
+        loader: Loader = self._loader(
+            number,
+            sources=(stage.eval,),
+            samples=min(config.eval.batch, len(source)),
+            shuffle=False,
+            epochs=1.0,
+            steps=None,
+            bad_records=None,
+            workers=0,
+        )
+        limit = config.eval.max_samples if limit is None else limit
+        steps = min(loader.steps, math.ceil(limit / loader.order.samples))
+        summed = weight = 0.0
+        batches = iter(loader)
+        for batch, _ in zip(batches, range(steps), strict=False):
+            one, weighed = eval_step(params, {}, place_all(batch.arrays))
+            summed, weight = summed + float(one), weight + float(weighed)
+        batches.close()
+        vlm = self._vlm.with_params(params)
+        vlm.template = stage.template
+
+        def answer(records: Sequence[Any]) -> list[str]:
+            requests = [Request(record, record.images, str(source.images)) for record in records]
+            return vlm.answer(requests, max_new_tokens=config.eval.max_new_tokens)
+
+        predictions = exact_match(source, answer, batch=config.eval.batch, limit=limit)
+        return {"loss": summed / max(weight, 1e-9), "exact_match": accuracy(predictions)}, predictions
+
+    def _final_evaluation(self, params: dict[str, Any], writer: Any) -> dict[str, Any]:
+        """Evaluates the last stage that has held-out data on all of it."""
+        import jax
+        from jax.sharding import PartitionSpec as P
+
+        from vlm_jax.data import open_image
+        from vlm_jax.evaluation.exact_match import table
+        from vlm_jax.sharding import RULES, place
+        from vlm_jax.training.plots import plot_samples
+        from vlm_jax.training.state import make_eval_step
+
+        held_out = [i for i, source in enumerate(self.eval_sources) if source is not None]
+        if not held_out:
+            return {}
+        number = held_out[-1]
+        source = self.eval_sources[number]
+        assert source is not None
+        weigh = functools.partial(self.family.weigh, norm="global_tokens", ranks=1)
+        mesh = jax.sharding.get_mesh()
+        results, predictions = self._evaluate(
+            number,
+            params,
+            make_eval_step(self.family.loss, weigh),
+            lambda arrays: {k: place(v, mesh, P(None, RULES.batch)) for k, v in arrays.items()},
+            limit=len(source),
+        )
+        writer.evaluation(self.loaders[-1].steps, results)
+        if jax.process_index() == 0:
+            with open(self.workdir / "predictions.jsonl", "w") as file:
+                for one in predictions:
+                    row = dataclasses.asdict(dataclasses.replace(one, images=(), extra={}))
+                    images = [str(source.images / i) for i in one.images if isinstance(i, str)]
+                    file.write(json.dumps(row | {"images": images, **one.extra}) + "\n")
+            wrong_first = sorted(predictions, key=lambda one: one.correct)
+            shown = predictions[:12] + [one for one in wrong_first if not one.correct][:4]
+            samples = [
+                dataclasses.asdict(dataclasses.replace(one, extra={}))
+                | {"images": [open_image(image, source.images) for image in one.images]}
+                for one in shown
+            ]
+            plot_samples(samples, self.workdir / "samples.png")
+            print(f"\nheld-out accuracy: {results['exact_match']:.1%} of {len(predictions):,} questions, exact match")
+            print(table(predictions, tuple(self.config.eval.by)))
+            print("\nfive of them:")
+            for one in predictions[:5]:
+                note = "" if one.correct else f"   (truth: {one.truth})"
+                images = " ".join(str(source.images / image) for image in one.images if isinstance(image, str))
+                print(f"  {images}\n    {one.question}  ->  {one.answer}{note}")
+        by = tuple(self.config.eval.by)
+        groups: dict[str, list[bool]] = {}
+        for one in predictions if by else []:
+            groups.setdefault("/".join(str(one.extra.get(key, "-")) for key in by), []).append(one.correct)
+        return {
+            "eval": {
+                "stage": self.stages[number].name,
+                **{name: (value if math.isfinite(value) else None) for name, value in results.items()},
+                "questions": len(predictions),
+                **({"groups": {k: sum(v) / len(v) for k, v in sorted(groups.items())}} if groups else {}),
+            }
+        }
+
+    def _save_model(self, number: int, params: dict[str, Any]) -> None:
+        from vlm_jax.inference.load import MODEL, save
+
+        save(
+            self.workdir / MODEL,
+            params,
+            model=plain(self.config.model),
+            mode=self.config.images.mode,
+            template=self.stages[number].template,
+            tokenizer=self.tokenizer,
+        )
+
+    def _say_where(self, results: Mapping[str, Any], seconds: float) -> None:
+        places = {"model": "model", "checkpoints": "checkpoints", "curves": "curves.png", "metrics": "metrics.jsonl"}
+        if results:
+            places |= {"samples": "samples.png", "answers": "predictions.jsonl"}
+        print(f"\ndone in {seconds:.0f} s")
+        for name, file in places.items():
+            print(f"  {name:<12}{self.workdir / file}")
+        print(f"talk to it:  python -m vlm_jax.generate --model={self.workdir} --image=FILE --prompt=TEXT")
+
+
+def _evaluated(state: Any) -> dict[str, Any]:
+    """The weights that evaluation and export use: the average, where one is kept."""
+    return {**(state.trained if state.ema is None else state.ema), **state.frozen}
+
+
+def _has_step(folder: Path) -> bool:
+    return folder.is_dir() and any(child.name.isdecimal() for child in folder.iterdir())
+
+
+def _is_local(tokenizer: str) -> bool:
+    return ":" in tokenizer or os.path.isdir(os.path.expanduser(tokenizer))
+
+
+if __name__ == "__main__":
+    run_command(main)
