@@ -23,6 +23,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,7 @@ def main() -> None:
             "pillow": PIL.__version__,
             "libjpeg_turbo": features.version("libjpeg_turbo"),
             "transformers": transformers.__version__,
+            "simplejpeg": version("simplejpeg"),
         },
         "jpegs": {"count": len(jpegs), "mean_kilobytes": round(sum(map(len, jpegs)) / len(jpegs) / 1000)},
         "images_per_second": {name: round(1 / time_, 1) for name, time_ in seconds.items()},

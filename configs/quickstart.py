@@ -33,8 +33,8 @@ def get_config(args: str = ""):
     c.images.mode = "resize"
     c.dtype = "float32"  # bfloat16 is slower on a CPU
     c.stages = (
-        stage("align", train="digits:align", template="plain", samples=64, lr=1e-3, steps=300, warmup=0.05),
-        stage("finetune", train="digits:train", eval="digits:eval", template="vicuna_v1", samples=64, lr=1e-3, steps=600, warmup=0.05),
+        stage("align", train="digits:align", template="plain", samples=32, lr=1.5e-3, steps=500, warmup=0.05),
+        stage("finetune", train="digits:train", eval="digits:eval", template="vicuna_v1", samples=32, lr=1e-3, steps=800, warmup=0.05),
     )
     c.optimizer.b2 = 0.98
     c.optimizer.weight_decay = 0.05

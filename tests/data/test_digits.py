@@ -68,7 +68,7 @@ def answer_by_hand(question: str, layout: list[list[int]]) -> str:
     if question == "What is the sum?" and len(shown) > 1:
         return str(sum(shown.values()))
     assert question in ("Describe the image.", "")
-    return re.sub(r", ([^,]+)$", r" and \1", ", ".join(f"{digit} {cell}" for cell, digit in shown.items()))
+    return re.sub(r", ([^,]+)$", r" and \1", ", ".join(f"{cell} {digit}" for cell, digit in shown.items()))
 
 
 def test_records_are_llava_records(directory, records):
@@ -103,7 +103,7 @@ def test_the_mixture_is_the_stated_one(records):
     assert sum(map(sum, digits.MIXTURE.values())) == 100
     for kind, columns in re.findall(r"^    (\w+)((?: +[-\d]+){5})", digits.__doc__, re.MULTILINE):
         row = [0 if word == "-" else int(word) for word in columns.split()]
-        expected = digits.SIZES if kind == "all" else digits.MIXTURE[kind]
+        expected = [sum(column) for column in zip(*digits.MIXTURE.values(), strict=True)] if kind == "all" else digits.MIXTURE[kind]
         assert row == [*expected, sum(expected)]
 
 

@@ -37,7 +37,7 @@ def test_square_gives_the_pixels_of_the_clip_processor(size: tuple[int, int]) ->
     processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     settings, image = ImageSettings(56), noise(*size)
     raw = processor(image, return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
-    tile = process(image, settings)
+    tile = process(open_image(image), settings)
     assert tile.dtype == np.uint8 and tile.shape == (56, 56, 3) and tile.flags.c_contiguous
     assert levels(tile, raw.transpose(1, 2, 0)) <= 1  # a rounding may fall to the other side
     normal = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
@@ -52,12 +52,12 @@ def test_resize_gives_the_pixels_of_the_siglip_processor(size: tuple[int, int]) 
     processor = SiglipImageProcessorPil(size={"height": 56, "width": 56}, do_rescale=False, do_normalize=False)
     image = noise(*size)
     raw = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    assert levels(process(image, ImageSettings(56, "resize")), raw) <= 1
+    assert levels(process(open_image(image), ImageSettings(56, "resize")), raw) <= 1
 
 
 def test_pad_puts_the_image_into_the_middle_of_the_mean_colour() -> None:
     image = noise(40, 20)
-    tile = process(image, ImageSettings(40, "pad"))
+    tile = process(open_image(image), ImageSettings(40, "pad"))
     assert levels(tile[10:30], image) == 0
     assert (tile[:10] == (122, 116, 104)).all() and (tile[30:] == (122, 116, 104)).all()
 
@@ -66,14 +66,14 @@ def test_pad_puts_the_image_into_the_middle_of_the_mean_colour() -> None:
 def test_halves_are_rounded_as_pillow_rounds_them(size: tuple[int, int]) -> None:
     # Ratios whose weights are short binary fractions: one value in sixteen or so is a half.
     image = noise(*size)
-    different = np.asarray(image.resize((56, 56), Image.Resampling.BICUBIC)) != resize(image, (56, 56))
+    different = np.asarray(image.resize((56, 56), Image.Resampling.BICUBIC)) != resize(open_image(image), (56, 56))
     assert different.mean() < 1e-3
 
 
 def test_a_crop_is_cut_out_of_the_whole() -> None:
     image = noise(120, 90)
-    whole = resize(image, (64, 48))
-    assert levels(resize(image, (64, 48), (8, 3, 40, 30)), whole[3:33, 8:48]) == 0
+    whole = resize(open_image(image), (64, 48))
+    assert levels(resize(open_image(image), (64, 48), (8, 3, 40, 30)), whole[3:33, 8:48]) == 0
     assert levels(whole, image.resize((64, 48), Image.Resampling.BICUBIC)) <= 1
 
 
@@ -86,9 +86,28 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     file = io.BytesIO()
     image.save(file, "JPEG" if mode == "CMYK" else "PNG")
     opened = open_image(file.getvalue())
-    assert opened.mode == "RGB" and opened.size == (6, 5)
+    assert opened.shape == (5, 6, 3) and opened.dtype == np.uint8
     if mode == "I;16":
-        assert np.asarray(opened)[0, 0].tolist() == [40_000 >> 8] * 3
+        assert opened[0, 0].tolist() == [40_000 >> 8] * 3
+    elif mode != "CMYK":  # which a JPEG changes
+        assert (opened == np.asarray(image.convert("RGB"))).all()
+    assert (open_image(opened) == opened).all() and open_image(image).shape == (5, 6, 3)
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpegs_are_decoded_to_pillows_pixels(subsampling: str, progressive: bool) -> None:
+    file = io.BytesIO()
+    noise(53, 37).save(file, "JPEG", quality=80, subsampling=subsampling, progressive=progressive)
+    assert (open_image(file.getvalue()) == np.asarray(Image.open(file))).all()
+
+
+def test_a_jpeg_that_ends_early_is_broken() -> None:
+    file = io.BytesIO()
+    noise(53, 37).save(file, "JPEG")
+    with pytest.raises(BadRecord) as error:
+        open_image(file.getvalue()[: len(file.getvalue()) // 2])
+    assert error.value.kind == "broken_image"
 
 
 def png(width: int, height: int) -> bytes:
@@ -138,7 +157,7 @@ def test_images_that_cannot_be_used_say_why(tmp_path: Path) -> None:
         with pytest.raises(BadRecord) as error:
             open_image(path, root)
         assert error.value.kind == kind, path
-    assert open_image("whole.png", root).size == open_image("inner.png", root).size == (30, 20)
+    assert open_image("whole.png", root).shape == open_image("inner.png", root).shape == (20, 30, 3)
 
 
 def test_an_unknown_mode_suggests_the_nearest() -> None:

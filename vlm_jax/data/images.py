@@ -7,6 +7,7 @@ the reference systems (LLaVA, Hugging Face) do not apply them either.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from vlm_jax.data.records import BadRecord
@@ -51,32 +53,33 @@ class ImageSettings:
             raise UsageError(f"image size is {self.size}; give at least 1 pixel")
 
 
-def process(image: Image.Image, settings: ImageSettings) -> np.ndarray:
-    """An RGB image as uint8 [size, size, 3]: what Hugging Face's processors feed on Pillow, before normalising."""
-    return MODES[settings.mode](image, settings)
+def process(pixels: np.ndarray, settings: ImageSettings) -> np.ndarray:
+    """uint8 [H, W, 3] -> [size, size, 3]: what Hugging Face's processors make on Pillow, before they normalise."""
+    return MODES[settings.mode](pixels, settings)
 
 
-def _square(image: Image.Image, settings: ImageSettings) -> np.ndarray:
+def _square(pixels: np.ndarray, settings: ImageSettings) -> np.ndarray:
     """transformers CLIPImageProcessor: resize the shortest side (rounding the other down), crop the centre."""
-    (width, height), size = image.size, settings.size
+    (height, width), size = pixels.shape[:2], settings.size
     short = min(width, height)
     wide, high = int(size * width / short), int(size * height / short)
-    return resize(image, (wide, high), ((wide - size) // 2, (high - size) // 2, size, size))
+    return resize(pixels, (wide, high), ((wide - size) // 2, (high - size) // 2, size, size))
 
 
-def _pad(image: Image.Image, settings: ImageSettings) -> np.ndarray:
+def _pad(pixels: np.ndarray, settings: ImageSettings) -> np.ndarray:
     """haotian-liu/LLaVA llava/mm_utils.py expand2square, then resize."""
-    width, height = image.size
+    height, width = pixels.shape[:2]
     side = max(width, height)
     if width != height:
-        square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in settings.mean))
-        square.paste(image, ((side - width) // 2, (side - height) // 2))
-        image = square
-    return resize(image, (settings.size, settings.size))
+        square = np.full((side, side, 3), [int(channel * 255) for channel in settings.mean], np.uint8)
+        left, top = (side - width) // 2, (side - height) // 2
+        square[top : top + height, left : left + width] = pixels
+        pixels = square
+    return resize(pixels, (settings.size, settings.size))
 
 
-def _squash(image: Image.Image, settings: ImageSettings) -> np.ndarray:
-    return resize(image, (settings.size, settings.size))
+def _squash(pixels: np.ndarray, settings: ImageSettings) -> np.ndarray:
+    return resize(pixels, (settings.size, settings.size))
 
 
 MODES = {"square": _square, "pad": _pad, "resize": _squash}
@@ -92,18 +95,18 @@ def normalise(tiles: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
     return rows.reshape(tiles.shape)
 
 
-def open_image(image: Any, root: str | os.PathLike | None = None) -> Image.Image:
-    """Decodes an image to RGB.
+def open_image(image: Any, root: str | os.PathLike | None = None) -> np.ndarray:
+    """The pixels of an image: uint8 [H, W, 3], red, green, blue.
 
-    image: a path relative to `root`, encoded bytes, or a PIL image.
-    Raises BadRecord: "unsafe_path", "missing_image", "image_too_large", "broken_image".
+    image: a path relative to `root`, encoded bytes, a PIL image, or pixels as returned here.
+    Raises BadRecord: "unsafe_path", "missing_image", "image_too_large", "broken_image", "malformed".
     """
-    if isinstance(image, Image.Image):
-        return _decode(image, "the image")
-    if isinstance(image, (bytes, bytearray, memoryview)):
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return image
+    if isinstance(image, (bytes, bytearray, memoryview, Image.Image)):
         return _decode(image, "the image")
     if not isinstance(image, (str, os.PathLike)):
-        raise BadRecord("malformed", f"an image is a {type(image).__name__}, not a path")
+        raise BadRecord("malformed", f"an image is a {type(image).__name__}; give a path, bytes or a PIL image")
     return _decode(_read(os.fspath(image), root), f"image {os.fspath(image)!r}")
 
 
@@ -132,7 +135,7 @@ def _read(path: str, root: str | os.PathLike | None) -> bytes:
         raise BadRecord("missing_image", f"image {path!r} in {base} cannot be read: {error.strerror}") from None
 
 
-def _decode(source: Any, name: str) -> Image.Image:
+def _decode(source: Any, name: str) -> np.ndarray:
     try:
         image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source), formats=FORMATS)
         width, height = image.size
@@ -144,17 +147,19 @@ def _decode(source: Any, name: str) -> Image.Image:
         raise BadRecord("broken_image", f"{name} cannot be opened: {error}") from None
     if width * height > MAX_PIXELS:
         raise BadRecord("image_too_large", f"{name} has {width} x {height} pixels; {MAX_PIXELS:,} are allowed")
+    if image.format == "JPEG" and image.mode == "RGB" and image is not source:
+        # Pillow's pixels (both are libjpeg-turbo) straight into numpy: an image takes a sixth less time.
+        with contextlib.suppress(ValueError):  # it is stricter than Pillow, which then has the last word
+            return simplejpeg.decode_jpeg(source, "RGB")
     try:
         return _rgb(image)
     except Exception as error:  # as above, for a broken body
         raise BadRecord("broken_image", f"{name} cannot be decoded: {error}") from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image) -> np.ndarray:
     """`convert("RGB")` as the reference systems do (transparency is dropped), but 16-bit grey keeps its range."""
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode != "RGB":
-        return image.convert("RGB")
-    image.load()
-    return image
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

@@ -21,33 +21,32 @@ COLUMN_BLOCK = 8
 ONE_THREAD = 2**18
 
 
-def resize(image: Image.Image, size: tuple[int, int], crop: tuple[int, int, int, int] | None = None) -> np.ndarray:
-    """Resizes an RGB image to `size` (width, height), bicubic, and returns the `crop` of it.
+def resize(pixels: np.ndarray, size: tuple[int, int], crop: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """Resizes an image, uint8 [H, W, 3], to `size` (width, height), bicubic, and returns the `crop` of it.
 
     crop: (left, top, width, height) within the resized image; default all of it.
     Returns uint8 [height, width, 3], C-contiguous.
     """
-    (old_width, old_height), (new_width, new_height) = image.size, size
+    (old_height, old_width), (new_width, new_height) = pixels.shape[:2], size
     left, top, width, height = crop or (0, 0, *size)
-    if image.size == size == (width, height):
-        return np.array(image)
+    if (old_width, old_height) == size == (width, height):
+        return pixels.copy()
     if old_height > new_height and old_height - new_height > 2 * (old_width - new_width):
         # Pillow filters the columns first where that is much less work (since 13.0, Pillow#9549).
-        resized = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
-        return np.array(resized)
+        resized = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+        return np.array(resized.crop((left, top, left + width, top + height)))
     columns, row_bands = _bands(old_width, new_width, left, width, ROW_BLOCK, 3)
     rows, column_bands = _bands(old_height, new_height, top, height, COLUMN_BLOCK, 1)
-    high, wide = rows.stop - rows.start, (columns.stop - columns.start) * 3
+    read = pixels.reshape(old_height, old_width * 3)[rows, columns.start * 3 : columns.stop * 3]
 
-    chunk = min(high, max(1, ONE_THREAD // max(weights.size for _, _, weights in row_bands)))
-    source, filtered, result = _scratch.take((chunk, wide), (high, width * 3), (height, width * 3))
-    for first in range(0, high, chunk):
-        last = min(first + chunk, high)
-        box = (columns.start, rows.start + first, columns.stop, rows.start + last)
-        pixels = np.asarray(image if box == (0, 0, old_width, old_height) else image.crop(box))
-        np.copyto(source[: last - first], pixels.reshape(-1, wide))
+    chunk = min(len(read), max(1, ONE_THREAD // max(weights.size for _, _, weights in row_bands)))
+    source, filtered, result = _scratch.take((chunk, read.shape[1]), (len(read), width * 3), (height, width * 3))
+    for first in range(0, len(read), chunk):
+        some = read[first : first + chunk]
+        np.copyto(source[: len(some)], some)
+        target = filtered[first : first + chunk]
         for inputs, outputs, weights in row_bands:
-            np.matmul(source[: last - first, inputs], weights, out=filtered[first:last, outputs])
+            np.matmul(source[: len(some), inputs], weights, out=target[:, outputs])
     # Pillow rounds halves up, and enlarging to twice the size has many of them.
     np.clip(np.add(filtered, 0.5, out=filtered), 0, 255.5, out=filtered)
     np.floor(filtered, out=filtered)
