@@ -33,13 +33,13 @@ def get_config(args: str = ""):
     c.images.mode = "resize"
     c.dtype = "float32"  # bfloat16 is slower on a CPU
     c.stages = (
-        stage("align", train="digits:align", template="plain", samples=32, lr=1.5e-3, steps=500, warmup=0.05),
+        stage("align", train="digits:align", template="plain", samples=32, lr=1e-3, steps=500, warmup=0.05),
         stage("finetune", train="digits:train", eval="digits:eval", template="vicuna_v1", samples=32, lr=1e-3, steps=800, warmup=0.05),
     )
     c.optimizer.b2 = 0.98
     c.optimizer.weight_decay = 0.05
     c.optimizer.clip_norm = 1.0
-    c.buckets.lengths = (24, 40, 56)
+    c.buckets.lengths = (18, 48)
     c.buckets.tiles = (1,)
     c.log.every = 50
     c.eval.every = 200

@@ -115,3 +115,10 @@ def reshape(x: jax.Array, shape: Sequence[int], spec: P) -> jax.Array:
 def place(x: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
     """Makes the global array of which this process holds the rows `x`."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
+
+
+def concrete(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding of `x` on the devices of the mesh in use, as those who allocate arrays want it;
+    what `jax.eval_shape` gives names the axes only."""
+    spec = getattr(x.sharding, "spec", P())
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(jax.sharding.get_mesh(), spec))

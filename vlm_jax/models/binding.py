@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlm_jax.layers.scope import LoRA, Scope
+from vlm_jax.sharding import concrete
 
 Params = dict[str, jax.Array]
 M = TypeVar("M", bound=nnx.Module)
@@ -34,7 +35,8 @@ class Bound(Generic[M]):
             structure["variables"] = nnx.to_flat_state(state)
             return _flatten(state)
 
-        self.abstract: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(build, jax.random.key(0))
+        shapes = jax.eval_shape(build, jax.random.key(0))
+        self.abstract: dict[str, jax.ShapeDtypeStruct] = {path: concrete(a) for path, a in shapes.items()}
         self._graph = structure["graph"]
         self._variables = [(path, variable) for path, variable in structure["variables"]]
 

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from vlm_jax.errors import UsageError
+from vlm_jax.sharding import concrete
 from vlm_jax.training.state import TrainState
 
 
@@ -62,12 +63,12 @@ class Checkpoints:
         moving = dataclasses.replace(like, frozen={})
         with _readable(self._directory, step):
             restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(_abstract, moving)))
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(concrete, moving)))
             )["state"]
             frozen: dict[str, jax.Array] = {}
             if like.frozen:
                 with ocp.StandardCheckpointer() as checkpointer:
-                    frozen = checkpointer.restore(self._frozen, jax.tree.map(_abstract, like.frozen))
+                    frozen = checkpointer.restore(self._frozen, jax.tree.map(concrete, like.frozen))
         return dataclasses.replace(restored, frozen=frozen)
 
     def wait(self) -> None:
@@ -76,10 +77,6 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
-
-
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 class _readable:
