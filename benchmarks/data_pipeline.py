@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import transformers
+from machine import cpu_model
 from PIL import Image, features
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -64,11 +65,6 @@ def in_turns(sides: dict[str, Callable], jpegs: list[bytes], rounds: int) -> dic
                 side(jpeg)
             seconds[name].append((time.perf_counter() - start) / len(jpegs))
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:

@@ -40,8 +40,15 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def run_command(main: Callable[[list[str]], None]) -> None:
-    """Runs `main(argv)` and leaves with the exit status of its outcome; our own errors print one line, no traceback."""
+def run_command(
+    main: Callable[[list[str]], None],
+    out_of_memory: str = "lower --config.batch.per_device, choose --config.remat=full, or shorten "
+    "--config.buckets.lengths",
+) -> None:
+    """Runs `main(argv)` and leaves with the exit status of its outcome; our own errors print one line, no traceback.
+
+    `out_of_memory` says what the user of this command can do about it.
+    """
     try:
         main(sys.argv[1:])
     except VlmError as error:
@@ -51,10 +58,6 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         sys.exit(42)
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            print(
-                f"error: out of memory ({str(error).splitlines()[0]}); lower --config.batch.per_device, "
-                "choose --config.remat=full, or shorten --config.buckets.lengths",
-                file=sys.stderr,
-            )
+            print(f"error: out of memory ({str(error).splitlines()[0]}); {out_of_memory}", file=sys.stderr)
             sys.exit(4)
         raise

@@ -1,4 +1,4 @@
-"""What the commands need to know of a family of models: its parameters, its loss and its cost. A new one is a class here.
+"""What the commands need to know of a family of models: its parameters, its loss, its cost. A new one is a class here.
 
 `config.model.family` names the class; nothing else looks at that word.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,6 +90,21 @@ def stage(
     return ConfigDict(values, type_safe=False)
 
 
+# Settings of a run that count something, with the least that they may be. None is no number.
+LEAST = {
+    "steps": 1,
+    "batch.samples": 1,
+    "batch.per_device": 1,
+    "log.every": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "eval.every": 0,
+    "eval.max_samples": 1,
+    "eval.batch": 1,
+    "eval.max_new_tokens": 1,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A stage as the trainer runs it."""
@@ -108,6 +124,10 @@ class Stage:
 
 def stages(config: ConfigDict) -> list[Stage]:
     """The stages of a config with the run's overrides applied. Raises UsageError when a stage cannot be run."""
+    for path, least in LEAST.items():
+        count = functools.reduce(lambda group, key: group[key], path.split("."), config)
+        if count is not None and (not isinstance(count, int) or count < least):
+            raise UsageError(f"config.{path} is {count!r}; give a whole number of at least {least}")
     result = []
     for values in config.stages:
         data = config.data

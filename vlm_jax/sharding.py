@@ -1,12 +1,14 @@
 """Mesh and sharding rules: the one place where parallelism is decided.
 
-Every array of a run lives on one Explicit mesh with the axes `data` (replicas), `fsdp` (replicas that share the storage
-of the weights) and `tensor` (the width of the layers is split). One device is the mesh 1 x 1 x 1 and runs the same code.
+Every array of a run lives on one Explicit mesh with the axes `data` (replicas), `fsdp` (replicas that share the
+storage of the weights) and `tensor` (the width of the layers is split). One device is the mesh 1 x 1 x 1 and runs the
+same code.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -33,24 +35,23 @@ class ShardingRules:
     def axis(self, name: str | None) -> str | tuple[str, ...] | None:
         if name is None:
             return None
-        if not hasattr(self, name):
-            known = [field.name for field in dataclasses.fields(self)]
+        known = [field.name for field in dataclasses.fields(self)]
+        if name not in known:
             raise ValueError(f"no logical axis {name!r}; the rules have {known}")
         return getattr(self, name)
 
     def stored(self, axes: Sequence[str | None], shape: Sequence[int], mesh: Mapping[str, int]) -> P:
         """Sharding of a parameter at rest. A dimension that its mesh axis does not divide stays whole.
 
-        Raises ValueError when two dimensions claim one mesh axis.
+        Raises ValueError when two dimensions claim one mesh axis, whatever their sizes.
         """
-        entries = []
-        for size, name in zip(shape, axes, strict=True):
-            axis = self.axis(name)
-            entries.append(axis if axis is not None and size % mesh[axis] == 0 else None)
-        used = [axis for axis in entries if axis is not None]
+        claimed = [self.axis(name) for name in axes]
+        parts = [() if axis is None else (axis,) if isinstance(axis, str) else axis for axis in claimed]
+        used = [axis for names in parts for axis in names]
         if len(set(used)) != len(used):
-            raise ValueError(f"axes {tuple(axes)} put two dimensions on one mesh axis: {entries}")
-        return P(*entries)
+            raise ValueError(f"axes {tuple(axes)} put two dimensions on one mesh axis: {claimed}")
+        divides = [size % math.prod(mesh[a] for a in names) == 0 for size, names in zip(shape, parts, strict=True)]
+        return P(*(axis if whole else None for axis, whole in zip(claimed, divides, strict=True)))
 
 
 RULES = ShardingRules()

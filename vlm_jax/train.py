@@ -5,8 +5,10 @@ Trains what a config describes, stage after stage. Repeating the command goes on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -34,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
 
     from vlm_jax.training.loop import StopSignal
 
-    command = f"python -m vlm_jax.train {shlex.join(w for w in argv if not w.startswith('--workdir'))}"
+    command = shlex.join(["python", "-m", "vlm_jax.train", f"--config={given.config}", *given.overrides])
     with StopSignal().listening() as stop:
         with jax.set_mesh(_mesh(config)):
             Run(config, workdir, command).train(stop, began)
@@ -55,15 +57,13 @@ class Run:
         from vlm_jax.families import dtype_of, make_family
         from vlm_jax.inference.load import find_model, open_tokenizer
         from vlm_jax.recipe import stages
-        from vlm_jax.training.optimizer import multipliers
 
         self.config, self.workdir = config, workdir
         self.family = make_family(plain(config.model), dtype=config.dtype, remat=config.remat)
         self.frozen_dtype = dtype_of(config.frozen_dtype)
         self.images = self.family.images(config.images.mode)
         self.stages = stages(config)
-        for stage in self.stages:
-            multipliers(list(self.family.bound.abstract), stage.groups)
+        self.folders = [workdir / "checkpoints" / f"{i}-{stage.name}" for i, stage in enumerate(self.stages)]
         self.init_from = find_model(config.init_from) if config.init_from else None
         if not config.tokenizer and self.init_from is None:
             raise UsageError("the config names no tokenizer: give --config.tokenizer=FOLDER or a hub id")
@@ -76,25 +76,72 @@ class Run:
             )
         self.loaders = [self._loader(i) for i in range(len(self.stages))]
         self.eval_sources = [open_source(s.eval.path, s.eval.images) if s.eval else None for s in self.stages]
+        for number in range(len(self.stages)):
+            self._optimizer(number)
+            self._try_weights(number)
+            self._try_data(number)
         self._check_workdir(command)
+
+    def _try_weights(self, number: int) -> None:
+        """Raises UsageError where the rows of a step do not suit the way in which the loss is averaged."""
+        import jax
+        from jax.sharding import NamedSharding
+        from jax.sharding import PartitionSpec as P
+
+        from vlm_jax.sharding import RULES
+
+        loader, spread = self.loaders[number], NamedSharding(jax.sharding.get_mesh(), P(None, RULES.batch))
+        shape = (loader.micro_batches, loader.rows, 1)
+        jax.eval_shape(self._weigh, {"labels": jax.ShapeDtypeStruct(shape, "int32", sharding=spread)})
+
+    def _try_data(self, number: int) -> None:
+        """Reads a few samples of all data of a stage: a wrong folder shows now, not after the stages before it."""
+        stage = self.stages[number]
+        for sources in (stage.train, (stage.eval,)):
+            if sources[0] is not None:
+                few = self._loader(number, sources=sources, samples=16, steps=1, bad_records=None, workers=0)
+                with contextlib.closing(iter(few)) as batches:
+                    next(batches)
 
     def _check_workdir(self, command: str) -> None:
         """The workdir is new, or holds a run of the same config; nothing is written before this is known."""
-        file = self.workdir / "config.json"
+        file, changes = self.workdir / "config.json", []
         if file.exists():
             try:
                 before = json.loads(file.read_text())
             except ValueError as error:
                 raise UsageError(f"{file} is damaged ({error}); choose another --workdir") from error
-            for change in check_resume(before, self.config, workdir=str(self.workdir), command=command):
-                print(f"changed since the run began: {change}")
+            if not isinstance(before, dict) or "stages" not in before:
+                raise UsageError(f"{self.workdir} holds something else, not a run ({file}); choose another --workdir")
+            # A run that never came to a step, for an error in its settings, may have them corrected.
+            if (self.workdir / "metrics.jsonl").exists() or any(_last_step(f) is not None for f in self.folders):
+                changes = check_resume(before, self.config, workdir=str(self.workdir), command=command)
+        for change in changes:
+            print(f"changed since the run began: {change}")
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
+            if changes:
+                self.summary_file.unlink(missing_ok=True)
             temporary = file.with_suffix(".tmp")
             temporary.write_text(to_json(self.config))
             temporary.replace(file)
         except OSError as error:
             raise UsageError(f"cannot write to --workdir={self.workdir}: {error.strerror}") from error
+
+    @property
+    def summary_file(self) -> Path:
+        """Written last, and removed when the settings change: its presence says that the run is done."""
+        return self.workdir / "summary.json"
+
+    def _optimizer(self, number: int) -> tuple[Any, Any, Any]:
+        """Learning-rate multipliers, schedule and optimizer of a stage."""
+        from vlm_jax.training.optimizer import make_optimizer, make_schedule, multipliers
+
+        stage = self.stages[number]
+        rates = multipliers(list(self.family.bound.abstract), stage.groups)
+        steps = self.loaders[number].steps
+        schedule = make_schedule(stage.schedule, peak=stage.lr, total_steps=steps, warmup=stage.warmup)
+        return rates, schedule, make_optimizer(schedule, rates, **self.config.optimizer)
 
     def _loader(self, number: int, **changes: Any) -> Any:
         """The training data of a stage; with `changes`, other data read the same way."""
@@ -121,7 +168,8 @@ class Run:
             "steps": stage.steps,
             "workers": config.data.workers,
             "max_bad_fraction": config.data.max_bad_fraction,
-            "bad_records": self.workdir / "bad_records" / f"{number}-{stage.name}",
+            "bad_records": self.workdir,
+            "stage": stage.name,
         }
         return Loader(**{**settings, **changes})
 
@@ -133,8 +181,12 @@ class Run:
         from vlm_jax.training.plots import plot_curves
 
         config, first = self.config, jax.process_index() == 0
-        folders = [self.workdir / "checkpoints" / f"{i}-{stage.name}" for i, stage in enumerate(self.stages)]
-        begun = [i for i, folder in enumerate(folders) if _has_step(folder)]
+        begun = [i for i, folder in enumerate(self.folders) if _last_step(folder) is not None]
+        if self.summary_file.exists() and begun and begun[-1] == len(self.stages) - 1:
+            if first:
+                print(f"{self.workdir} is done; raise --config.steps to go on from here")
+                self._report(json.loads(self.summary_file.read_text()))
+            return
         params = None
         with MetricWriter(
             self.workdir,
@@ -143,23 +195,26 @@ class Run:
             wandb=config.log.wandb,
             config=plain(config),
         ) as writer:
-            for number in range(begun[-1] if begun else 0, len(self.stages)):
+            for number, stage in enumerate(self.stages):
+                if begun and number < begun[-1]:
+                    writer.say(f"stage {stage.name} is done, with {_last_step(self.folders[number]):,} steps")
+                    continue
                 if params is None and number not in begun:
                     params = self._initial_params()
-                params = self._run_stage(number, folders[number], params, writer, stop)
+                params = self._run_stage(number, params, writer, stop)
                 self._save_model(number, params)
             assert params is not None
-            results = self._final_evaluation(params, writer)
+            results = self._final_evaluation(params, writer, stop)
         if first:
             plot_curves(self.workdir / "metrics.jsonl", self.workdir / "curves.png")
             summary = {
-                "stages": {s.name: loader.steps for s, loader in zip(self.stages, self.loaders, strict=True)},
+                "stages": {s.name: _last_step(folder) for s, folder in zip(self.stages, self.folders, strict=True)},
                 "parameters": sum(math.prod(a.shape) for a in self.family.bound.abstract.values()),
                 "seconds": round(time.monotonic() - began, 1),
                 **results,
             }
-            (self.workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-            self._say_where(results, summary["seconds"])
+            self.summary_file.write_text(json.dumps(summary, indent=1) + "\n")
+            self._report(summary)
 
     def _initial_params(self) -> dict[str, Any]:
         from vlm_jax.interop.native import load_params, read_config
@@ -172,28 +227,21 @@ class Run:
         fresh = {} if read_config(str(self.init_from))["model"]["lora"] else {p for p in abstract if "/lora_" in p}
         return params | load_params(str(self.init_from), {p: a for p, a in abstract.items() if p not in fresh})
 
-    def _run_stage(
-        self, number: int, folder: Path, params: dict[str, Any] | None, writer: Any, stop: Any
-    ) -> dict[str, Any]:
+    def _run_stage(self, number: int, params: dict[str, Any] | None, writer: Any, stop: Any) -> dict[str, Any]:
         """Trains a stage from `params`, or from its newest checkpoint, and returns what it ends with."""
         import jax
-        from jax.sharding import PartitionSpec as P
 
-        from vlm_jax.sharding import RULES, place
         from vlm_jax.training.checkpoint import Checkpoints
         from vlm_jax.training.loop import StageRun, run_stage
-        from vlm_jax.training.optimizer import group_table, learning_rates, make_optimizer, make_schedule, multipliers
-        from vlm_jax.training.state import init_state, make_eval_step, make_train_step
+        from vlm_jax.training.optimizer import group_table, learning_rates
+        from vlm_jax.training.state import init_state, make_train_step
 
         config, stage, loader, family = self.config, self.stages[number], self.loaders[number], self.family
-        rates = multipliers(list(family.bound.abstract), stage.groups)
-        schedule = make_schedule(stage.schedule, peak=stage.lr, total_steps=loader.steps, warmup=stage.warmup)
-        optimizer = make_optimizer(schedule, rates, **config.optimizer)
-        weigh = functools.partial(family.weigh, norm=config.loss_norm, ranks=config.loss_ranks)
+        rates, schedule, optimizer = self._optimizer(number)
         traces: list[float] = []
         step = make_train_step(
             family.loss,
-            weigh,
+            self._weigh,
             optimizer,
             seed=config.seed + number,
             ema_decay=config.ema,
@@ -202,7 +250,7 @@ class Run:
         begin = functools.partial(
             init_state, rates=rates, optimizer=optimizer, frozen_dtype=self.frozen_dtype, ema=config.ema is not None
         )
-        checkpoints = Checkpoints(str(folder), keep=config.checkpoint.keep)
+        checkpoints = Checkpoints(str(self.folders[number]), keep=config.checkpoint.keep)
         latest = checkpoints.latest()
         if latest is None:
             assert params is not None
@@ -214,21 +262,22 @@ class Run:
         writer.say(group_table(family.bound.abstract, stage.groups, stage.lr))
         if latest is not None:
             writer.say(f"going on from step {latest:,}")
-        mesh = jax.sharding.get_mesh()
-        place_all = lambda arrays: {k: place(v, mesh, P(None, RULES.batch)) for k, v in arrays.items()}  # noqa: E731
-        eval_step = make_eval_step(family.loss, weigh)
+            if (drawn := checkpoints.meta(latest)["steps"]) != loader.steps:
+                writer.say(f"the schedule is redrawn from {drawn:,} to {loader.steps:,} steps")
 
         def evaluate(state: Any, step: int) -> Mapping[str, Any]:
-            return self._evaluate(number, _evaluated(state), eval_step, place_all)[0]
+            return self._evaluate(number, _evaluated(state), stop, config.eval.max_samples)[0]
 
         run = StageRun(
             name=stage.name,
             steps=loader.steps,
             batches=lambda start: iter(self._loader(number, start_step=start)),
-            place=place_all,
+            place=self._place,
             step=step,
-            learning_rates=lambda at: {"learning_rate": float(schedule(at))}
-            | {f"learning_rate/{name}": float(v) for name, v in learning_rates(schedule, stage.groups, at).items()},
+            learning_rates=lambda at: (
+                {"learning_rate": float(schedule(at))}
+                | {f"learning_rate/{name}": float(v) for name, v in learning_rates(schedule, stage.groups, at).items()}
+            ),
             samples=loader.order.seen,
             flops=family.costs(rates).of_batch,
             evaluate=evaluate,
@@ -243,15 +292,38 @@ class Run:
         return _evaluated(state)
 
     @functools.cached_property
+    def _weigh(self) -> Any:
+        return functools.partial(self.family.weigh, norm=self.config.loss_norm, ranks=self.config.loss_ranks)
+
+    @functools.cached_property
+    def _eval_step(self) -> Any:
+        """Whatever the loss of training is: held-out loss is the mean over the trained tokens."""
+        from vlm_jax.training.state import make_eval_step
+
+        return make_eval_step(self.family.loss, functools.partial(self.family.weigh, norm="global_tokens", ranks=1))
+
+    @staticmethod
+    def _place(arrays: Mapping[str, Any]) -> dict[str, Any]:
+        import jax
+        from jax.sharding import PartitionSpec as P
+
+        from vlm_jax.sharding import RULES, place
+
+        return {name: place(a, jax.sharding.get_mesh(), P(None, RULES.batch)) for name, a in arrays.items()}
+
+    @functools.cached_property
     def _vlm(self) -> Any:
         from vlm_jax.inference.vlm import VLM
 
         return VLM(self.family, {}, tokenizer=self.tokenizer, template="plain", images=self.images)
 
     def _evaluate(
-        self, number: int, params: dict[str, Any], eval_step: Any, place_all: Any, limit: int | None = None
+        self, number: int, params: dict[str, Any], stop: Any, limit: int
     ) -> tuple[dict[str, float], list[Any]]:
-        """Held-out loss and exact match of a stage's evaluation data, and the predictions."""
+        """Held-out loss and exact match of a stage's evaluation data, and the predictions.
+
+        Raises Interrupted when asked to stop.
+        """
         from vlm_jax.data.loader import Loader
         from vlm_jax.evaluation.exact_match import accuracy, exact_match
         from vlm_jax.inference.vlm import Request
@@ -268,34 +340,31 @@ class Run:
             bad_records=None,
             workers=0,
         )
-        limit = config.eval.max_samples if limit is None else limit
         steps = min(loader.steps, math.ceil(limit / loader.order.samples))
         summed = weight = 0.0
-        batches = iter(loader)
-        for batch, _ in zip(batches, range(steps), strict=False):
-            one, weighed = eval_step(params, {}, place_all(batch.arrays))
-            summed, weight = summed + float(one), weight + float(weighed)
-        batches.close()
+        with contextlib.closing(iter(loader)) as batches:
+            for batch in itertools.islice(batches, steps):
+                stop.check()
+                one, weighed = self._eval_step(params, {}, self._place(batch.arrays))
+                summed, weight = summed + float(one), weight + float(weighed)
         vlm = self._vlm.with_params(params)
         vlm.template = stage.template
 
         def answer(records: Sequence[Any]) -> list[str]:
+            stop.check()
             requests = [Request(record, record.images, str(source.images)) for record in records]
             return vlm.answer(requests, max_new_tokens=config.eval.max_new_tokens)
 
         predictions = exact_match(source, answer, batch=config.eval.batch, limit=limit)
         return {"loss": summed / max(weight, 1e-9), "exact_match": accuracy(predictions)}, predictions
 
-    def _final_evaluation(self, params: dict[str, Any], writer: Any) -> dict[str, Any]:
+    def _final_evaluation(self, params: dict[str, Any], writer: Any, stop: Any) -> dict[str, Any]:
         """Evaluates the last stage that has held-out data on all of it."""
         import jax
-        from jax.sharding import PartitionSpec as P
 
         from vlm_jax.data import open_image
-        from vlm_jax.evaluation.exact_match import table
-        from vlm_jax.sharding import RULES, place
+        from vlm_jax.evaluation.exact_match import write_predictions
         from vlm_jax.training.plots import plot_samples
-        from vlm_jax.training.state import make_eval_step
 
         held_out = [i for i, source in enumerate(self.eval_sources) if source is not None]
         if not held_out:
@@ -303,22 +372,10 @@ class Run:
         number = held_out[-1]
         source = self.eval_sources[number]
         assert source is not None
-        weigh = functools.partial(self.family.weigh, norm="global_tokens", ranks=1)
-        mesh = jax.sharding.get_mesh()
-        results, predictions = self._evaluate(
-            number,
-            params,
-            make_eval_step(self.family.loss, weigh),
-            lambda arrays: {k: place(v, mesh, P(None, RULES.batch)) for k, v in arrays.items()},
-            limit=len(source),
-        )
-        writer.evaluation(self.loaders[-1].steps, results)
+        results, predictions = self._evaluate(number, params, stop, len(source))
+        writer.evaluation(_last_step(self.folders[-1]) or 0, results)
         if jax.process_index() == 0:
-            with open(self.workdir / "predictions.jsonl", "w") as file:
-                for one in predictions:
-                    row = dataclasses.asdict(dataclasses.replace(one, images=(), extra={}))
-                    images = [str(source.images / i) for i in one.images if isinstance(i, str)]
-                    file.write(json.dumps(row | {"images": images, **one.extra}) + "\n")
+            write_predictions(predictions, source.images, self.workdir / "predictions.jsonl")
             wrong_first = sorted(predictions, key=lambda one: one.correct)
             shown = predictions[:12] + [one for one in wrong_first if not one.correct][:4]
             samples = [
@@ -327,13 +384,6 @@ class Run:
                 for one in shown
             ]
             plot_samples(samples, self.workdir / "samples.png")
-            print(f"\nheld-out accuracy: {results['exact_match']:.1%} of {len(predictions):,} questions, exact match")
-            print(table(predictions, tuple(self.config.eval.by)))
-            print("\nfive of them:")
-            for one in predictions[:5]:
-                note = "" if one.correct else f"   (truth: {one.truth})"
-                images = " ".join(str(source.images / image) for image in one.images if isinstance(image, str))
-                print(f"  {images}\n    {one.question}  ->  {one.answer}{note}")
         by = tuple(self.config.eval.by)
         groups: dict[str, list[bool]] = {}
         for one in predictions if by else []:
@@ -359,11 +409,22 @@ class Run:
             tokenizer=self.tokenizer,
         )
 
-    def _say_where(self, results: Mapping[str, Any], seconds: float) -> None:
+    def _report(self, summary: Mapping[str, Any]) -> None:
+        """Prints how good the model is, by kind of question, some of its answers, and where everything is."""
+        from vlm_jax.evaluation.exact_match import read_predictions, table
+
         places = {"model": "model", "checkpoints": "checkpoints", "curves": "curves.png", "metrics": "metrics.jsonl"}
-        if results:
+        if summary.get("eval", {}).get("questions"):
+            predictions = read_predictions(self.workdir / "predictions.jsonl")
+            accuracy = summary["eval"]["exact_match"]
+            print(f"\nheld-out accuracy: {accuracy:.1%} of {len(predictions):,} questions, exact match")
+            print(table(predictions, tuple(self.config.eval.by)))
+            print("\nfive of them:")
+            for one in predictions[:5]:
+                note = "" if one.correct else f"   (truth: {one.truth})"
+                print(f"  {' '.join(one.images)}\n    {one.question}  ->  {one.answer}{note}")
             places |= {"samples": "samples.png", "answers": "predictions.jsonl"}
-        print(f"\ndone in {seconds:.0f} s")
+        print(f"\ndone in {summary['seconds']:.0f} s")
         for name, file in places.items():
             print(f"  {name:<12}{self.workdir / file}")
         print(f"talk to it:  python -m vlm_jax.generate --model={self.workdir} --image=FILE --prompt=TEXT")
@@ -374,8 +435,10 @@ def _evaluated(state: Any) -> dict[str, Any]:
     return {**(state.trained if state.ema is None else state.ema), **state.frozen}
 
 
-def _has_step(folder: Path) -> bool:
-    return folder.is_dir() and any(child.name.isdecimal() for child in folder.iterdir())
+def _last_step(folder: Path) -> int | None:
+    """The newest step in a folder of checkpoints."""
+    steps = [int(child.name) for child in folder.iterdir() if child.name.isdecimal()] if folder.is_dir() else []
+    return max(steps, default=None)
 
 
 def _is_local(tokenizer: str) -> bool:

@@ -17,18 +17,21 @@ EXAMPLES = 3
 
 
 class BadRecordList:
-    """`bad_records-<process>.jsonl` in a folder: {"step", "id", "source", "kind", "message"} per record.
+    """`bad_records-<process>.jsonl` in a folder: {"stage", "step", "id", "source", "kind", "message"} per record.
 
-    A record is listed when the batch it would have been in is delivered. Opened at step s, the lines of step s and
-    later are removed, since a resumed run delivers those batches again; so nothing is listed twice. The files of a
-    run with more processes are divided among the processes there are now.
+    A record is listed when the batch it would have been in is delivered. Opened at step s of a stage, the stage's lines
+    of step s and later are removed, since a resumed run delivers those batches again; so nothing is listed twice. The
+    lines of other stages stay. The files of a run with more processes are divided among the processes there are now.
 
-    counts: by kind, of this process's files. examples: the first lines.
+    counts: by kind, of this stage and this process's files. examples: the first lines.
     """
 
-    def __init__(self, folder: str | os.PathLike | None, step: int, process: int = 0, processes: int = 1):
+    def __init__(
+        self, folder: str | os.PathLike | None, step: int, process: int = 0, processes: int = 1, stage: str = ""
+    ):
+        self._stage = stage
         self.counts: Counter[str] = Counter()
-        self.examples: list[dict[str, Any]] = []
+        self.examples: list[Mapping[str, Any]] = []
         self._file = None
         if folder is None:
             return
@@ -36,20 +39,21 @@ class BadRecordList:
         for file in sorted(Path(folder).glob("bad_records-*.jsonl")):
             number = file.stem.removeprefix("bad_records-")
             if number.isdecimal() and int(number) % processes == process:
-                kept = [line for line in _lines(file) if line["step"] < step]
+                kept = [line for line in _lines(file) if line["stage"] != stage or line["step"] < step]
                 temporary = file.with_suffix(".tmp")
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
                 temporary.replace(file)
-                self._count(kept)
+                self._count([line for line in kept if line["stage"] == stage])
 
-    def add(self, lines: Sequence[dict[str, Any]]) -> None:
+    def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        lines = [{"stage": self._stage, **line} for line in lines]
         self._count(lines)
         if self._file is not None and lines:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with open(self._file, "a") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
 
-    def _count(self, lines: Iterable[dict[str, Any]]) -> None:
+    def _count(self, lines: Iterable[Mapping[str, Any]]) -> None:
         for line in lines:
             self.counts[line["kind"]] += 1
             if len(self.examples) < EXAMPLES:

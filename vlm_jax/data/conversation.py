@@ -154,6 +154,7 @@ def _encode(pieces: Sequence[Part], tokenizer: Any) -> dict[str, np.ndarray]:
             trained += [isinstance(piece, Trained)] * len(piece)
             continue
         if text:
+            _check_unicode(text)
             encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids += encoded["input_ids"]
             labels += [
@@ -165,6 +166,14 @@ def _encode(pieces: Sequence[Part], tokenizer: Any) -> dict[str, np.ndarray]:
             labels.append(UNTRAINED)
         text, trained = "", []
     return {"input_ids": np.array(ids, np.int32), "labels": np.array(labels, np.int32)}
+
+
+def _check_unicode(text: str) -> None:
+    """JSON may hold half of a surrogate pair (a text that was cut there); no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord("malformed", f"its text has half a character, \\u{ord(text[error.start]):04x}") from None
 
 
 def _begins(tokenizer: Any) -> bool:

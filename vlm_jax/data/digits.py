@@ -68,10 +68,10 @@ TRAIN_MIXTURE = {
     "parity": (2, 2, 2, 2),
     "count": (1, 1, 1, 1),
     "sum": (0, 12, 10, 8),
-    "where": (2, 8, 8, 8),
+    "where": (2, 12, 12, 12),
     "describe": (2, 2, 2, 2),
 }
-TRAIN_SIZES = (16, 30, 28, 26)
+TRAIN_SIZES = (16, 32, 28, 24)
 ALIGN_SIZES = (10, 20, 30, 40)
 TURNS = (1, 2, 3)  # weights of conversations of 1, 2, 3 turns: a longer one trains more answers for the same image
 
@@ -105,7 +105,7 @@ Record = dict[str, Any]
 def make_digits(
     directory: str | os.PathLike,
     *,
-    train_samples: int = 24_000,
+    train_samples: int = 20_000,
     eval_samples: int = 1_000,
     align_samples: int = 16_000,
     seed: int = 0,

@@ -73,7 +73,7 @@ class Loader:
     shuffle: each epoch anew; without, the order of the files.
     steps: the last step (exclusive), or `epochs` of them (rounded up); default one epoch.
     workers: processes that read, per process; 0 reads in threads.
-    max_bad_fraction, bad_records: see `BadRecordList`; `bad_records` is its folder, None keeps no list.
+    max_bad_fraction, bad_records, stage: see `BadRecordList`; `bad_records` is its folder, None keeps no list.
     process_index, process_count: default jax's.
     agree: gathers one int32 vector [n] of every process -> [process_count, n]; default over jax's devices.
 
@@ -102,6 +102,7 @@ class Loader:
         workers: int = 0,
         max_bad_fraction: float = 0.01,
         bad_records: str | os.PathLike | None = None,
+        stage: str = "",
         process_index: int | None = None,
         process_count: int | None = None,
         agree: Callable[[np.ndarray], Any] | None = None,
@@ -133,11 +134,11 @@ class Loader:
         self._budgets = {"H": images.size, "W": images.size, "P": patches_per_tile}
         self._workers = workers
         self._max_bad_fraction = max_bad_fraction
-        self._bad_records = bad_records
+        self._bad_records, self._stage = bad_records, stage
         self._agree = agree or gather_processes
 
     def __iter__(self) -> Generator[HostBatch]:
-        listed = BadRecordList(self._bad_records, self.start_step, self.process_index, self.process_count)
+        listed = BadRecordList(self._bad_records, self.start_step, self.process_index, self.process_count, self._stage)
         batches = self._batches(Counter(listed.counts))
         if self.process_count == 1:
             batches = in_background(batches, AHEAD)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from vlm_jax.data.records import BadRecord, Message, Record
+
+
+class Records(Protocol):
+    """Reads one record at a time; raises BadRecord for one that is malformed."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Record: ...
+
 
 Answer = Callable[[Sequence[Record]], list[str]]
 
@@ -25,7 +35,7 @@ class Prediction:
     extra: Mapping[str, Any]
 
 
-def questions(source: Sequence[Record], limit: int | None = None) -> Iterator[tuple[Record, Message]]:
+def questions(source: Records, limit: int | None = None) -> Iterator[tuple[Record, Message]]:
     """(the record without its last answer, that answer), evenly spread over the source if there are more than `limit`.
 
     Records that are malformed or do not end with an answer are left out; training counts and lists those.
@@ -41,9 +51,7 @@ def questions(source: Sequence[Record], limit: int | None = None) -> Iterator[tu
             yield dataclasses.replace(record, messages=record.messages[:-1]), record.messages[-1]
 
 
-def exact_match(
-    source: Sequence[Record], answer: Answer, *, batch: int, limit: int | None = None
-) -> list[Prediction]:
+def exact_match(source: Records, answer: Answer, *, batch: int, limit: int | None = None) -> list[Prediction]:
     """Answers up to `limit` questions, `batch` at a time. Case and surrounding space do not count."""
     asked = list(questions(source, limit))
     predictions = []
@@ -62,6 +70,21 @@ def exact_match(
                 )
             )
     return predictions
+
+
+def write_predictions(predictions: Sequence[Prediction], images: Path, path: Path) -> None:
+    """One JSON line each, the record's other keys among them; `images` is the folder of the images' names."""
+    with open(path, "w") as file:
+        for one in predictions:
+            row = {field.name: getattr(one, field.name) for field in dataclasses.fields(one) if field.name != "extra"}
+            shown = [str(images / image) for image in one.images if isinstance(image, str)]
+            file.write(json.dumps({**one.extra, **row, "images": shown}) + "\n")
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    names = [field.name for field in dataclasses.fields(Prediction) if field.name != "extra"]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [Prediction(**{name: row.pop(name) for name in names}, extra=row) for row in rows]
 
 
 def accuracy(predictions: Sequence[Prediction]) -> float:

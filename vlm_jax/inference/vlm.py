@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import collections
+import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from vlm_jax.data import ImageSettings, encode_prompt, open_image, process
+from vlm_jax.data import BadRecord, ImageSettings, Record, encode_prompt, open_image, process
 from vlm_jax.data.rows import PREFIX_FUSION, Row, collate, fusion_row
-from vlm_jax.errors import UsageError
 from vlm_jax.families import LlavaFamily
+from vlm_jax.inference.files import open_file
 from vlm_jax.models.binding import Params
-from vlm_jax.models.generation import DecodeState, Sampling, make_decode, make_prefill
+from vlm_jax.models.generation import DecodeState, make_decode, make_prefill
+from vlm_jax.models.sampling import GREEDY, Sampling
 from vlm_jax.sharding import RULES, batch_shards, place
 
-STREAM = 8  # tokens between two looks at a stream
+STREAM = 8  # tokens between two looks at a stream, at most
+LOOK = 0.1  # seconds between two looks at a stream, about
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One question: LLaVA's or chat messages, the last of them the user's, and the images they show, in their order
-    (PIL images, encoded bytes, or paths relative to `folder`)."""
+    """One question.
+
+    messages: LLaVA's or chat messages, the last of them the user's, or a Record.
+    images: those that the messages show without naming them, in their order: pixels, PIL images, encoded bytes, or
+      paths relative to `folder`. Unused for a Record, which has its own.
+    seed: of sampling. The same request with the same seed gets the same answer, whatever else is in its batch.
+    """
 
     messages: Any
     images: Sequence[Any] = ()
@@ -33,21 +44,40 @@ class Request:
     seed: int = 0
 
 
-class VLM:
-    """Answers requests, alone or in batches. One compilation per bucket of lengths, tiles and rows."""
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A request as the model takes it. Requests of one `bucket` (T, K) run the same program."""
 
-    def __init__(
-        self, family: LlavaFamily, params: Params, *, tokenizer: Any, template: str, images: ImageSettings
-    ):
+    row: Row
+    seed: int
+    stop_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+
+    @property
+    def bucket(self) -> tuple[int, int]:
+        return _power(len(self.row["tokens"]), least=16), _power(len(self.row["tile_image"]))
+
+
+class VLM:
+    """Answers requests, alone or in batches, on the mesh that was in use when it was made.
+
+    There is one compilation per bucket: lengths, tiles, rows and new tokens are rounded up to powers of two. `compiled`
+    counts them.
+    """
+
+    def __init__(self, family: LlavaFamily, params: Params, *, tokenizer: Any, template: str, images: ImageSettings):
         self.family, self.params = family, params
         self.tokenizer, self.template, self.images = tokenizer, template, images
-        self._prefill = functools.cache(self._make_prefill)
-        self._decode = functools.cache(self._make_decode)
+        self.mesh = jax.sharding.get_mesh()
+        self.compiled: collections.Counter[str] = collections.Counter()
+        count = lambda name: functools.partial(self.compiled.update, (name,))  # noqa: E731
+        self._prefill = make_prefill(family.bound, dtype=family.dtype, on_trace=count("prefill"))
+        self._decode = make_decode(family.bound, on_trace=count("decode"))
 
     def with_params(self, params: Params) -> VLM:
         """The same model with other weights; what is compiled is kept."""
-        other = object.__new__(VLM)
-        other.__dict__.update(self.__dict__, params=params)
+        other = copy.copy(self)
+        other.params = params
         return other
 
     def generate(
@@ -60,109 +90,146 @@ class VLM:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> str:
-        """The answer to a question, or to chat messages with image parts. Greedy unless `temperature` is above 0."""
-        request = Request(as_messages(prompt, len(images)), images, seed=seed)
+        """The answer to a question, or to chat messages with image parts. Greedy unless `temperature` is above 0.
+
+        images: PIL images, encoded bytes, pixels uint8 [H, W, 3], or paths of files. Each stands where the prompt has
+          an `<image>` or a message a part {"type": "image"} that names none; those that a question does not place
+          come first.
+        """
+        given = images if isinstance(images, (list, tuple)) else [images]
+        opened = [open_file(image) if isinstance(image, (str, os.PathLike)) else image for image in given]
+        request = Request(as_messages(prompt, len(opened)), opened, seed=seed)
         (answer,) = self.answer([request], max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p))
         return answer
 
     def answer(
-        self, requests: Sequence[Request], *, max_new_tokens: int = 256, sampling: Sampling = Sampling()
+        self, requests: Sequence[Request], *, max_new_tokens: int = 256, sampling: Sampling = GREEDY
     ) -> list[str]:
         """Answers a batch with any mix of lengths and numbers of images."""
-        rows, stop_ids, stop_strings = self._rows(requests)
-        state, seeds, _ = self._start(rows, requests, max_new_tokens, sampling)
-        decode = self._decode(_power(max_new_tokens), stop_ids, sampling)
-        _, tokens = decode(self.params, state, seeds)
-        tokens = np.asarray(tokens)[: len(requests), :max_new_tokens]
-        return [self._text(row, stop_ids, stop_strings) for row in tokens]
+        return self.answer_encoded(
+            [self.encode(request) for request in requests], max_new_tokens=max_new_tokens, sampling=sampling
+        )
 
-    def stream(
-        self, request: Request, *, max_new_tokens: int = 256, sampling: Sampling = Sampling()
-    ) -> Iterator[str]:
-        """The answer in pieces as it is made."""
-        rows, stop_ids, stop_strings = self._rows([request])
-        state, seeds, _ = self._start(rows, [request], max_new_tokens, sampling)
-        decode = self._decode(STREAM, stop_ids, sampling)
-        ids: list[int] = []
-        shown = ""
-        while len(ids) < max_new_tokens:
-            state, tokens = decode(self.params, state, seeds)
-            ids += [int(token) for token in np.asarray(tokens)[0] if token >= 0]
-            finished = bool(np.asarray(state.done)[0])
-            text = self._text(np.asarray(ids[:max_new_tokens]), stop_ids, stop_strings, strip=False)
-            text = text if finished else text.rstrip("\ufffd")  # half of a character waits for its other half
-            if text.startswith(shown) and len(text) > len(shown):
-                yield text[len(shown) :]
-                shown = text
+    def answer_encoded(
+        self, encoded: Sequence[Encoded], *, rows: int = 1, max_new_tokens: int = 256, sampling: Sampling = GREEDY
+    ) -> list[str]:
+        """Answers a batch, padded to at least `rows`."""
+        if not encoded:
+            return []
+        tokens = self.tokens(encoded, rows=rows, max_new_tokens=max_new_tokens, sampling=sampling)
+        return [self._text(row, one).strip() for row, one in zip(tokens.tolist(), encoded, strict=True)]
+
+    def tokens(
+        self, encoded: Sequence[Encoded], *, rows: int = 1, max_new_tokens: int = 256, sampling: Sampling = GREEDY
+    ) -> np.ndarray:
+        """Answers int32 [len(encoded), max_new_tokens], each with the token that stops it and then -1."""
+        state, seeds, first, _ = self._start(encoded, rows, max_new_tokens, sampling)
+        parts = [first]
+        if max_new_tokens > 1:
+            room = _power(max_new_tokens)
+            parts.append(self._go_on(state, seeds, max_new_tokens - 1, room, encoded[0], sampling)[1])
+        return np.concatenate(parts, axis=1)[: len(encoded), :max_new_tokens]
+
+    def stream(self, request: Request, *, max_new_tokens: int = 256, sampling: Sampling = GREEDY) -> Iterator[str]:
+        """The same answer in pieces as it is made; a piece never ends within a character."""
+        one = self.encode(request)
+        state, seeds, first, _ = self._start([one], 1, max_new_tokens, sampling)
+        ids = first[0].tolist()
+        shown, look = "", 1
+        while True:
+            text = self._text(ids, one)
+            finished = len(ids) >= max_new_tokens or bool(np.asarray(state.done)[0])
+            finished = finished or text != self._text(ids, one, stop=False)
+            settled = text.strip() if finished else _settled(text, one.stop_strings).lstrip()
+            if len(settled) > len(shown) and settled.startswith(shown):
+                yield settled[len(shown) :]
+                shown = settled
             if finished:
                 return
+            began = time.monotonic()
+            state, tokens = self._go_on(state, seeds, min(look, max_new_tokens - len(ids)), STREAM, one, sampling)
+            ids += [token for token in tokens[0].tolist() if token >= 0]
+            look = max(1, min(STREAM, round(look * LOOK / (time.monotonic() - began + 1e-9))))
 
     def logits(self, requests: Sequence[Request]) -> np.ndarray:
         """Logits float32 [len(requests), V] of the first token of each answer."""
-        rows, _, _ = self._rows(requests)
-        return np.asarray(self._start(rows, requests, 1, Sampling())[2])[: len(requests)]
+        encoded = [self.encode(request) for request in requests]
+        return np.asarray(self._start(encoded, 1, 1, GREEDY)[3])[: len(requests)]
 
-    def _rows(self, requests: Sequence[Request]) -> tuple[list[Row], tuple[int, ...], tuple[str, ...]]:
-        rows = []
-        stops: tuple[tuple[int, ...], tuple[str, ...]] = ((), ())
-        for request in requests:
-            prompt = encode_prompt(request.messages, self.template, tokenizer=self.tokenizer)
-            given = [image for image in prompt.images if image is not None] or list(request.images)
-            if len(given) != len(prompt.images):
-                raise UsageError(f"the messages show {len(prompt.images)} image(s), but {len(given)} were given")
-            tiles = [process(open_image(image, request.folder), self.images)[None] for image in given]
-            labels = np.full_like(prompt.input_ids, -100)
-            rows.append(
-                fusion_row(prompt.input_ids, labels, tiles, self.family.features_per_tile, self.images.size)
-            )
-            stops = prompt.stop_ids, prompt.stop_strings
-        return rows, *stops
+    def encode(self, request: Request) -> Encoded:
+        """Tokens and tiles of a request. Raises BadRecord: malformed messages, or an image that cannot be opened."""
+        prompt = encode_prompt(request.messages, self.template, tokenizer=self.tokenizer)
+        unnamed = [] if isinstance(request.messages, Record) else list(request.images)
+        places = sum(image is None for image in prompt.images)
+        if len(unnamed) != places:
+            raise BadRecord("malformed", f"the messages have {places} place(s) for the {len(unnamed)} image(s) given")
+        rest = iter(unnamed)
+        images = [next(rest) if image is None else image for image in prompt.images]
+        tiles = [process(open_image(image, request.folder), self.images)[None] for image in images]
+        labels = np.full_like(prompt.input_ids, -100)
+        row = fusion_row(prompt.input_ids, labels, tiles, self.family.features_per_tile, self.images.size)
+        return Encoded(row, request.seed, prompt.stop_ids, prompt.stop_strings)
 
     def _start(
-        self, rows: Sequence[Row], requests: Sequence[Request], new_tokens: int, sampling: Sampling
-    ) -> tuple[DecodeState, jax.Array, jax.Array]:
-        budgets = {
-            "T": _power(max(len(row["tokens"]) for row in rows), least=16),
-            "K": _power(max(1, *(len(row["tile_image"]) for row in rows))),
-            "P": self.family.features_per_tile,
-            "H": self.images.size,
-            "W": self.images.size,
-        }
-        shards = batch_shards()
-        count = -(-_power(len(rows)) // shards) * shards
-        arrays = collate([*rows, *[None] * (count - len(rows))], PREFIX_FUSION, budgets)
-        mesh = jax.sharding.get_mesh()
-        batch = {name: place(a, mesh, P(RULES.batch)) for name, a in arrays.items() if name != "labels"}
-        wanted = np.array([request.seed for request in requests] + [0] * (count - len(rows)), np.uint32)
-        seeds = place(wanted, mesh, P(RULES.batch))
-        state, logits = self._prefill(_power(new_tokens), sampling)(self.params, batch, seeds)
-        return state, seeds, logits
+        self, encoded: Sequence[Encoded], rows: int, new_tokens: int, sampling: Sampling
+    ) -> tuple[DecodeState, jax.Array, np.ndarray, jax.Array]:
+        """(state, seeds, first tokens [B, 1], their logits) of a batch."""
+        length, tiles = (max(sizes) for sizes in zip(*(one.bucket for one in encoded), strict=True))
+        size = self.images.size
+        budgets = {"T": length, "K": tiles, "P": self.family.features_per_tile, "H": size, "W": size}
+        with jax.set_mesh(self.mesh):
+            shards = batch_shards()
+            padding = -(-_power(max(len(encoded), rows)) // shards) * shards - len(encoded)
+            arrays = collate([*(one.row for one in encoded), *[None] * padding], PREFIX_FUSION, budgets)
+            batch = {name: place(a, self.mesh, P(RULES.batch)) for name, a in arrays.items() if name != "labels"}
+            numbers = np.array([one.seed % (1 << 32) for one in encoded] + [0] * padding, np.uint32)
+            seeds = place(numbers, self.mesh, P(RULES.batch))
+            state, logits = self._prefill(
+                self.params, batch, seeds, room=_power(new_tokens), stop_ids=encoded[0].stop_ids, sampling=sampling
+            )
+        # A copy: the buffer is given to the decode loop.
+        return state, seeds, np.array(state.token)[:, None], logits
 
-    def _make_prefill(self, new_tokens: int, sampling: Sampling) -> Callable[..., Any]:
-        return make_prefill(self.family.bound, dtype=self.family.dtype, new_tokens=new_tokens, sampling=sampling)
+    def _go_on(
+        self, state: DecodeState, seeds: jax.Array, limit: int, steps: int, one: Encoded, sampling: Sampling
+    ) -> tuple[DecodeState, np.ndarray]:
+        """At most `limit` more tokens of each row, [B, steps]."""
+        with jax.set_mesh(self.mesh):
+            state, tokens = self._decode(
+                self.params, state, seeds, limit, steps=steps, stop_ids=one.stop_ids, sampling=sampling
+            )
+        return state, np.asarray(tokens)
 
-    def _make_decode(self, steps: int, stop_ids: tuple[int, ...], sampling: Sampling) -> Callable[..., Any]:
-        return make_decode(self.family.bound, steps=steps, stop_ids=stop_ids, sampling=sampling)
-
-    def _text(
-        self, tokens: np.ndarray, stop_ids: Sequence[int], stop_strings: Sequence[str], strip: bool = True
-    ) -> str:
-        ids = [int(token) for token in tokens if token >= 0]
-        ends = [i for i, token in enumerate(ids) if token in stop_ids]
-        text = self.tokenizer.decode(ids[: ends[0]] if ends else ids, skip_special_tokens=True)
-        for stop in stop_strings:
-            text = text.split(stop)[0]
-        return text.strip() if strip else text
+    def _text(self, tokens: Sequence[int], one: Encoded, stop: bool = True) -> str:
+        """The text of an answer up to where it stops."""
+        ids = [token for token in tokens if token >= 0]
+        ends = [i for i, token in enumerate(ids) if token in one.stop_ids]
+        text = self.tokenizer.decode(
+            ids[: ends[0]] if ends else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        for string in one.stop_strings if stop else ():
+            text = text.split(string)[0]
+        return text
 
 
 def as_messages(prompt: str | Sequence[Mapping[str, Any]], images: int) -> Sequence[Mapping[str, Any]]:
     """A question as chat messages; images that it does not place stand first."""
     if not isinstance(prompt, str):
         return prompt
-    missing = images - prompt.count("<image>")
-    if missing < 0:
-        raise UsageError(f"the prompt shows {prompt.count('<image>')} image(s), but {images} were given")
-    return [{"role": "user", "content": "<image>\n" * missing + prompt}]
+    placed = prompt.count("<image>")
+    if placed > images:
+        raise BadRecord("malformed", f"the prompt has {placed} place(s) <image>, but {images} image(s) were given")
+    return [{"role": "user", "content": "<image>\n" * (images - placed) + prompt}]
+
+
+def _settled(text: str, stop_strings: Sequence[str]) -> str:
+    """What of an unfinished answer will not change any more: half of a character waits for its other half, the begin
+    of a stop string for its end, and white space for what follows it."""
+    text = text.rstrip("\ufffd")
+    for string in stop_strings:
+        begins = [string[:length] for length in range(len(string), 0, -1)]
+        text = text.removesuffix(next((begin for begin in begins if text.endswith(begin)), ""))
+    return text.rstrip()
 
 
 def _power(n: int, least: int = 1) -> int:

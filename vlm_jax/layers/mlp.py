@@ -7,6 +7,7 @@ import functools
 import jax
 from flax import nnx
 
+from vlm_jax.errors import UsageError, suggest
 from vlm_jax.layers.linear import Linear
 from vlm_jax.layers.scope import Scope, child_key
 
@@ -28,6 +29,9 @@ class MLP(nnx.Module):
     """`down(act(up(x)))` with biases, as in a vision transformer."""
 
     def __init__(self, scope: Scope, features: int, hidden: int, *, activation: str):
+        if activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise UsageError(f"activation {activation!r} is not one of {known}{suggest(activation, ACTIVATIONS)}")
         self.up = Linear(scope / "up", features, hidden, axes=("embed", "mlp"), bias=True)
         self.down = Linear(scope / "down", hidden, features, axes=("mlp", "embed"), bias=True)
         self.activation = activation

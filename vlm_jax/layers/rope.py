@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al., 2021) in Hugging Face's half-split layout, with the scalings of Llama's family."""
+"""Rotary position embeddings (Su et al., 2021), halves split as Hugging Face does, with the scalings of Llama's family."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlm_jax.errors import UsageError
+from vlm_jax.errors import UsageError, suggest
+
+KINDS = ("linear", "llama3", "yarn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,10 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UsageError(f"rope scaling {self.kind!r} is not one of {', '.join(KINDS)}{suggest(self.kind, KINDS)}")
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
@@ -58,7 +64,7 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tup
         if factor is None:
             factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
         return inverse * (1 - ramp) + inverse / scaling.factor * ramp, factor
-    raise UsageError(f"rope scaling {scaling.kind!r} is not supported; use linear, llama3 or yarn")
+    raise AssertionError(scaling.kind)
 
 
 def rope_table(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from vlm_jax.errors import UsageError
 from vlm_jax.sharding import RULES, current_mesh_shape, spec_of, without_fsdp
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
@@ -42,13 +43,22 @@ def ones(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
 class LoRA:
     """Low-rank adapters (Hu et al., 2021) on every `Linear` whose path matches `targets` wholly.
 
-    The output is `x W + dropout(x) A B * alpha / rank`, with B zero at the start.
+    The output is `x W + dropout(x) A B * alpha / rank`, with B zero at the start. There is no dropout at the head of a
+    decoder, whose product is made within the loss.
     """
 
     rank: int
     alpha: float
     dropout: float = 0.0
     targets: str = r"decoder/layers/.*"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1:
+            raise UsageError(f"lora needs a rank above 0 and a dropout in [0, 1); got {self.rank} and {self.dropout}")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise UsageError(f"lora.targets {self.targets!r} is not a regex: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Runs a module whose parameters are stacked over layers, as one scanned body, with rematerialisation by named policy."""
+"""Runs a module whose parameters are stacked over layers as one scanned body; rematerialisation by named policy."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vlm_jax.errors import UsageError
 from vlm_jax.layers.scope import LoRA, Scope
 from vlm_jax.sharding import concrete
 
@@ -23,7 +24,7 @@ M = TypeVar("M", bound=nnx.Module)
 class Bound(Generic[M]):
     """The structure of a model, made without allocating it, under the mesh in use.
 
-    `abstract` maps each path to its shape, dtype and sharding.
+    `abstract` maps each path to its shape, dtype and sharding. Raises UsageError when `lora` is for nothing.
     """
 
     def __init__(self, make: Callable[[Scope], M], *, param_dtype: jnp.dtype = jnp.float32, lora: LoRA | None = None):
@@ -37,6 +38,9 @@ class Bound(Generic[M]):
 
         shapes = jax.eval_shape(build, jax.random.key(0))
         self.abstract: dict[str, jax.ShapeDtypeStruct] = {path: concrete(a) for path, a in shapes.items()}
+        if lora is not None and not any(path.endswith("/lora_a") for path in self.abstract):
+            linear = [path.removesuffix("/kernel") for path in self.abstract if path.endswith("/kernel")]
+            raise UsageError(f"lora.targets {lora.targets!r} matches none of {', '.join(linear)}")
         self._graph = structure["graph"]
         self._variables = [(path, variable) for path, variable in structure["variables"]]
 

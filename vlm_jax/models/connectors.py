@@ -1,4 +1,7 @@
-"""Connectors: vision features [B, P, Dv] -> [B, P, D] in the decoder's width. A new one is a class and a line below."""
+"""Connectors: vision features [B, P, Dv] -> [B, P, D] in the decoder's width; `key` turns dropout on.
+
+A new one is a class and a line below.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from flax import nnx
 from vlm_jax.errors import UsageError, suggest
 from vlm_jax.layers.linear import Linear
 from vlm_jax.layers.mlp import ACTIVATIONS
-from vlm_jax.layers.scope import Scope
+from vlm_jax.layers.scope import Scope, child_key
 
 
 class Identity(nnx.Module):
@@ -21,7 +24,7 @@ class Identity(nnx.Module):
                 f"{features}; use 'linear' or 'mlp2x_gelu'"
             )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         return x
 
 
@@ -31,8 +34,8 @@ class Projection(nnx.Module):
     def __init__(self, scope: Scope, in_features: int, features: int):
         self.linear = Linear(scope / "linear", in_features, features, axes=(None, "embed"), bias=True)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.linear(x)
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        return self.linear(x, child_key(key, "linear"))
 
 
 class MLP2xGELU(nnx.Module):
@@ -42,8 +45,9 @@ class MLP2xGELU(nnx.Module):
         self.first = Linear(scope / "first", in_features, features, axes=("embed", "mlp"), bias=True)
         self.second = Linear(scope / "second", features, features, axes=("mlp", "embed"), bias=True)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.second(ACTIVATIONS["gelu"](self.first(x)))
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        hidden = ACTIVATIONS["gelu"](self.first(x, child_key(key, "first")))
+        return self.second(hidden, child_key(key, "second"))
 
 
 CONNECTORS = {"identity": Identity, "linear": Projection, "mlp2x_gelu": MLP2xGELU}

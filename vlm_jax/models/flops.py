@@ -1,9 +1,9 @@
 """Model FLOPs, as MFU counts them.
 
 Forward FLOPs are 2mnk of every matrix product on real positions: padding tokens and padding tiles count nothing, nor do
-embedding look-ups and recomputation. A product counts 3 times where its weight is trained, twice where it is frozen but
-crossed by the gradient, once where it is not crossed. Attention counts the visible pairs, 3 times if a gradient crosses
-it, else once.
+embedding look-ups and recomputation. The head counts where it is computed, which is where a position has a label. A
+product counts 3 times where its weight is trained, twice where it is frozen but crossed by the gradient, once where it
+is not crossed. Attention counts the visible pairs, 3 times if a gradient crosses it, else once.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Costs:
 
     per_tile: float
     per_token: float
+    per_label: float
     per_pair: float
     sliding_window: int | None
 
@@ -38,12 +39,10 @@ class Costs:
             lengths = np.bincount(row)[1:].astype(np.int64)
             window = np.minimum(lengths, self.sliding_window or np.iinfo(np.int64).max)
             pairs += int((window * (window + 1) // 2 + (lengths - window) * window).sum())
-        tiles = int((arrays["visual_inverse"] >= 0).sum()) / max(1, self._features(arrays))
-        return self.per_tile * tiles + self.per_token * tokens + self.per_pair * pairs
-
-    @staticmethod
-    def _features(arrays: Mapping[str, np.ndarray]) -> int:
-        return arrays["visual_inverse"].shape[-1] // arrays["tile_image"].shape[-1]
+        labels = int((arrays["labels"] >= 0).sum())
+        places = arrays["visual_inverse"].reshape(arrays["tile_image"].size, -1)  # of the features of each tile
+        tiles = int((places >= 0).any(axis=-1).sum())
+        return self.per_tile * tiles + self.per_token * tokens + self.per_label * labels + self.per_pair * pairs
 
 
 def llava_costs(
@@ -62,14 +61,18 @@ def llava_costs(
 
     vision, decoder = config.vision, config.decoder
     positions = vision.patches + vision.class_token
-    per_tile = per_token = 0.0
+    per_tile = per_token = per_label = 0.0
     for path, a in abstract.items():
         leaf = path.rsplit("/", 1)[-1]
-        tied_head = decoder.tie_embeddings and path == "decoder/embed/embedding"
-        if leaf not in ("kernel", "lora_a", "lora_b") and not tied_head:
+        head = path.startswith("decoder/lm_head/") or (
+            decoder.tie_embeddings and path == "decoder/embed/embedding"
+        )
+        if leaf not in ("kernel", "lora_a", "lora_b") and not head:
             continue
         size = math.prod(a.shape)
-        if path.startswith("vision/layers/"):
+        if head:
+            per_label += 2 * times(path) * size
+        elif path.startswith("vision/layers/"):
             per_tile += 2 * times(path) * size / vision.num_layers * vision.layers_used * positions
         elif path.startswith("vision/"):
             per_tile += 2 * times(path) * size * vision.patches
@@ -80,4 +83,4 @@ def llava_costs(
     see = 3 if crossed("vision") else 1
     per_tile += see * 4 * vision.layers_used * positions**2 * vision.hidden_size
     per_pair = (3 if crossed("decoder") else 1) * 4 * decoder.num_layers * decoder.num_heads * decoder.head_dim
-    return Costs(per_tile, per_token, per_pair, decoder.sliding_window)
+    return Costs(per_tile, per_token, per_label, per_pair, decoder.sliding_window)

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from vlm_jax.layers.attention import Cache, Mask
-from vlm_jax.layers.scope import LoRA, Scope, normal, use
+from vlm_jax.layers.scope import LoRA, Scope, child_key, normal, use
 from vlm_jax.models.binding import Bound
 from vlm_jax.models.connectors import make_connector
 from vlm_jax.models.fusion import place_visual
@@ -49,19 +49,24 @@ class Llava(nnx.Module):
         self.newline = scope.param("newline", (width,), (None,), normal(width**-0.5)) if config.newline else None
         self.decoder = Decoder(scope / "decoder", config.decoder)
 
-    def see(self, tiles: jax.Array, *, dtype: jnp.dtype, remat: str = "none") -> jax.Array:
+    def see(
+        self, tiles: jax.Array, *, dtype: jnp.dtype, remat: str = "none", key: jax.Array | None = None
+    ) -> jax.Array:
         """`tiles uint8 [B, K, H, W, 3] -> features [B, K*P, D]`."""
         rows, tiles_per_row = tiles.shape[:2]
-        features = self.vision(tiles.reshape(rows * tiles_per_row, *tiles.shape[2:]), dtype, remat=remat)
-        features = self.connector(features)
+        tiles = tiles.reshape(rows * tiles_per_row, *tiles.shape[2:])
+        features = self.vision(tiles, dtype, remat=remat, key=child_key(key, "vision"))
+        features = self.connector(features, child_key(key, "connector"))
         batch = spec_of(tiles)[0]
         return reshape(features, (rows, tiles_per_row * features.shape[1], features.shape[2]), P(batch, None, None))
 
-    def embed(self, batch: Batch, *, dtype: jnp.dtype, remat: str = "none") -> jax.Array:
+    def embed(
+        self, batch: Batch, *, dtype: jnp.dtype, remat: str = "none", key: jax.Array | None = None
+    ) -> jax.Array:
         """Token embeddings with vision features in their places, [B, T, D]."""
         embeddings = self.decoder.embed(batch["tokens"], dtype)
         newline = jnp.zeros(embeddings.shape[-1], dtype) if self.newline is None else use(self.newline, dtype)
-        features = self.see(batch["tiles"], dtype=dtype, remat=remat)
+        features = self.see(batch["tiles"], dtype=dtype, remat=remat, key=key)
         return place_visual(embeddings, features, newline, batch["visual_index"], batch["visual_inverse"])
 
     def __call__(
@@ -78,8 +83,8 @@ class Llava(nnx.Module):
         `key` turns dropout on.
         """
         mask = Mask(segment_ids=batch["segment_ids"], positions=batch["positions"])
-        x = self.embed(batch, dtype=dtype, remat=remat)
-        return self.decoder(x, mask, key=key, remat=remat, keep_kv=keep_kv)
+        x = self.embed(batch, dtype=dtype, remat=remat, key=key)
+        return self.decoder(x, mask, key=child_key(key, "decoder"), remat=remat, keep_kv=keep_kv)
 
 
 def bind_llava(config: LlavaConfig, *, param_dtype: jnp.dtype = jnp.float32) -> Bound[Llava]:

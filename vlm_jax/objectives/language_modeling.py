@@ -44,7 +44,7 @@ def total_weight(labels: jax.Array, weights: jax.Array) -> jax.Array:
 def next_token_loss(
     hidden: jax.Array, head: jax.Array, labels: jax.Array, weights: jax.Array, *, z_loss: float = 0.0
 ) -> jax.Array:
-    """Weighted sum of the cross-entropy: `hidden [R, T, D]`, `head [D, V]`, `labels [R, T]`, `weights [R]` -> scalar."""
+    """Weighted sum of the cross-entropy: `hidden [R, T, D], head [D, V], labels [R, T], weights [R]` -> scalar."""
     rows, length, width = hidden.shape
     per_token = jnp.broadcast_to(weights[:, None], (rows, length)).reshape(rows * length)
     total, _ = linear_cross_entropy(

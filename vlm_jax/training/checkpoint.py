@@ -28,7 +28,10 @@ class Checkpoints:
         self._directory = epath.Path(directory).absolute() if "://" not in directory else epath.Path(directory)
         self._manager = ocp.CheckpointManager(
             self._directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, step_prefix=None),
+            # A killed run leaves half-written folders; they would fill the disk.
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, create=True, step_prefix=None, cleanup_tmp_directories=True
+            ),
             item_names=("state", "meta"),
         )
         self._frozen = self._directory / "frozen"
@@ -41,10 +44,10 @@ class Checkpoints:
             return dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
 
     def save_frozen(self, state: TrainState) -> None:
-        """Writes what the stage does not train, unless it is there."""
-        if state.frozen and not self._frozen.exists():
+        """Writes what the stage does not train; in place of what a run that never saved a step has left."""
+        if state.frozen:
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(self._frozen, state.frozen)
+                checkpointer.save(self._frozen, state.frozen, force=True)
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Begins to save `state`; its arrays may be donated as soon as this returns."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Protocol
@@ -36,6 +37,8 @@ class HostBatch(Protocol):
 class StopSignal:
     """Remembers that the run was asked to stop: SIGTERM, or the first Ctrl-C. A second Ctrl-C stops at once."""
 
+    NOTICE = b"\nstopping after this step; Ctrl-C again stops at once, without saving\n"
+
     def __init__(self) -> None:
         self.requested: str | None = None
 
@@ -44,8 +47,10 @@ class StopSignal:
         """Listens while the block runs. Outside of the main thread there are no signals to listen to."""
 
         def ask(number: int, frame: Any) -> None:
-            if number == signal.SIGINT and self.requested is not None:
-                raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                if self.requested is not None:
+                    raise KeyboardInterrupt
+                os.write(2, self.NOTICE)  # print is not safe in a signal handler
             self.requested = signal.Signals(number).name
 
         try:
@@ -58,6 +63,13 @@ class StopSignal:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def check(self) -> None:
+        """Raises Interrupted when asked to stop, for what holds nothing that must be saved first."""
+        if self.requested:
+            raise Interrupted(
+                f"{self.requested}: everything trained so far is saved; the same command goes on from there"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class StageRun:
@@ -68,7 +80,8 @@ class StageRun:
     step: the train step. learning_rates: step -> metrics of the schedule.
     samples: step -> samples delivered by then, those that could not be used included.
     flops: host arrays -> model FLOPs of this process's rows.
-    evaluate: `(state, step) -> results`, called every `eval_every` steps (0: never), not after the last.
+    evaluate: `(state, step) -> results`, called every `eval_every` steps (0: never), not after the last. May raise
+      Interrupted when asked to stop; the loop then saves.
     """
 
     name: str
@@ -117,11 +130,12 @@ def run_stage(
                 writer.step(step, {"samples": run.samples(step), **values, **run.learning_rates(step - 1), **rates})
             with throughput.paused():
                 if run.eval_every and step % run.eval_every == 0 and step < run.steps:
-                    writer.evaluation(step, run.evaluate(state, step))
+                    with contextlib.suppress(Interrupted):
+                        writer.evaluation(step, run.evaluate(state, step))
                 if step % run.save_every == 0 and step < run.steps:
-                    checkpoints.save(state, {"stage": run.name})
+                    checkpoints.save(state, {"stage": run.name, "steps": run.steps})
     if step > start or checkpoints.latest() is None:
-        checkpoints.save(state, {"stage": run.name})
+        checkpoints.save(state, {"stage": run.name, "steps": run.steps})
     checkpoints.wait()
     if stop.requested and step < run.steps:
         raise Interrupted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,14 @@ SCHEDULES = ("cosine", "linear", "constant")
 def multipliers(paths: Sequence[str], groups: Groups) -> dict[str, float | None]:
     """The learning-rate multiplier of each path by the first regex that matches it wholly; None freezes it.
 
-    Raises UsageError for a regex that is the first match of nothing, and for a path that nothing matches.
+    Raises UsageError for what is not a regex, for one that is the first match of nothing, and for a path that nothing
+    matches.
     """
+    for pattern, _ in groups:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UsageError(f"{pattern!r} in `groups` is not a regex: {error}") from error
     result: dict[str, float | None] = {}
     claimed = [0] * len(groups)
     for path in paths:
@@ -30,13 +37,13 @@ def multipliers(paths: Sequence[str], groups: Groups) -> dict[str, float | None]
                 claimed[i] += 1
                 break
         else:
-            raise UsageError(f"no group of `train` matches parameter {path!r}; end the list with ('.*', None) or 1.0")
+            raise UsageError(f"no group of `groups` matches parameter {path!r}; end the list with ('.*', None) or 1.0")
     for (pattern, _), count in zip(groups, claimed, strict=True):
         if not count:
             heads = sorted({path.split("/")[0] for path in paths})
             reason = "matches no parameter" if not any(re.fullmatch(pattern, p) for p in paths) else "comes too late"
             raise UsageError(
-                f"the regex {pattern!r} in `train` {reason}{suggest(pattern.split('/')[0], heads)}; "
+                f"the regex {pattern!r} in `groups` {reason}{suggest(pattern.split('/')[0], heads)}; "
                 f"paths begin with {', '.join(heads)}, and the first match wins"
             )
     return result
@@ -66,8 +73,8 @@ def decays(path: str) -> bool:
 
 
 def make_schedule(kind: str, *, peak: float, total_steps: int, warmup: float) -> optax.Schedule:
-    """Learning rate at each step, equal to Hugging Face's: rising from 0 over the warm-up, then `cosine` or `linear` to 0
-    at `total_steps`, or `constant`. `warmup` below 1 is a fraction of the steps (rounded up), else a number of steps."""
+    """Learning rate at each step, equal to Hugging Face's: rising from 0 over the warm-up, then `cosine` or `linear` to
+    0 at `total_steps`, or `constant`. `warmup` below 1 is a fraction of the steps (rounded up), else their number."""
     if kind not in SCHEDULES:
         raise UsageError(f"schedule {kind!r} is not one of {', '.join(SCHEDULES)}{suggest(kind, SCHEDULES)}")
     rise = math.ceil(warmup * total_steps) if warmup < 1 else int(warmup)
@@ -104,9 +111,11 @@ def make_optimizer(
         raise UsageError(f"first_moment {first_moment!r} is not one of float32, bfloat16")
     clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
 
+    trained = {path: rate for path, rate in rates.items() if rate is not None}
+
     def scale_groups(updates: dict[str, jax.Array], params: object) -> dict[str, jax.Array]:
         del params
-        return {path: update * rates[path] for path, update in updates.items()}
+        return {path: update * trained[path] for path, update in updates.items()}
 
     def mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
         return {path: decays(path) for path in params}
@@ -122,7 +131,7 @@ def make_optimizer(
 
 
 def learning_rates(
-    schedule: Callable[[jax.Array], jax.Array], groups: Groups, step: jax.Array
+    schedule: Callable[[Any], jax.Array], groups: Groups, step: jax.Array | int
 ) -> dict[str, jax.Array]:
     """The learning rate of each trained group at `step`, for the metrics."""
     return {pattern: schedule(step) * multiplier for pattern, multiplier in groups if multiplier is not None}

@@ -39,7 +39,7 @@ class Loss(Protocol):
     """
 
     def __call__(
-        self, params: Params, mutable: dict[str, jax.Array], batch: Batch, weights: jax.Array, key: jax.Array
+        self, params: Params, mutable: dict[str, jax.Array], batch: Batch, weights: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]: ...
 
 
@@ -55,8 +55,11 @@ def init_state(
     frozen_dtype: jnp.dtype,
     ema: bool,
 ) -> TrainState:
-    """Splits `params` by `rates` (None: frozen, cast to `frozen_dtype`). Frozen parameters get no optimizer state."""
-    trained = {path: params[path] for path, rate in rates.items() if rate is not None}
+    """Splits `params` by `rates` (None: frozen, cast to `frozen_dtype`). Frozen parameters get no optimizer state.
+
+    Trained ones are float32, also where the stage before had frozen them in another type.
+    """
+    trained = {path: params[path].astype(jnp.float32) for path, rate in rates.items() if rate is not None}
     frozen = {path: params[path].astype(frozen_dtype) for path, rate in rates.items() if rate is None}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -76,11 +79,13 @@ def make_train_step(
     seed: int,
     ema_decay: float | None,
     on_trace: Callable[[], None] = lambda: None,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The step over a batch whose arrays are [A, R, ...]: A micro-batches of R rows.
 
     The gradient is that of Σ weighted losses / Σ weights over the whole batch, so accumulation changes nothing. Keys
-    are folded from the seed, the step and the micro-batch; none is stored. `on_trace` is called at each compilation.
+    are folded from the seed, the step and the micro-batch; none is stored. `on_trace` is called at each compilation;
+    `compiler_options` are those of `jax.jit`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -120,12 +125,12 @@ def make_train_step(
         ema = state.ema
         if ema is not None and ema_decay is not None:
             ema = jax.tree.map(lambda a, b: ema_decay * a + (1 - ema_decay) * b, ema, trained)
-        metrics = {"loss": value_sum, "grad_norm": optax.global_norm(grads), **metrics}
+        metrics = {"loss": value_sum, "grad_norm": optax.tree.norm(grads), **metrics}
         return dataclasses.replace(
             state, step=state.step + 1, trained=trained, mutable=mutable, ema=ema, opt_state=opt_state
         ), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=dict(compiler_options) if compiler_options else None)
 
 
 def make_eval_step(loss: Loss, weigh: Weigh) -> Callable[[Params, dict, Batch], tuple[jax.Array, jax.Array]]:

@@ -15,7 +15,7 @@ from vlm_jax.layers.linear import Embedding, Linear
 from vlm_jax.layers.mlp import SwiGLU
 from vlm_jax.layers.norms import RMSNorm
 from vlm_jax.layers.rope import RopeScaling, rope_table
-from vlm_jax.layers.scope import Scope, child_key, normal, use
+from vlm_jax.layers.scope import Scope, child_key, normal
 from vlm_jax.layers.stack import scan_layers
 from vlm_jax.sharding import RULES
 
@@ -42,6 +42,8 @@ class DecoderConfig:
             raise UsageError(
                 f"decoder.num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
+        if self.head_dim % 2:
+            raise UsageError(f"decoder.head_dim {self.head_dim} is odd, but rotary embeddings need halves")
 
 
 class Block(nnx.Module):
@@ -123,7 +125,7 @@ class Decoder(nnx.Module):
 
     def head(self, dtype: jnp.dtype) -> jax.Array:
         """Output projection [D, V]."""
-        return self.embed.as_head(dtype) if self.lm_head is None else use(self.lm_head.kernel, dtype)
+        return self.embed.as_head(dtype) if self.lm_head is None else self.lm_head.merged(dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`hidden [B, T, D] -> float32 [B, T, V]`."""

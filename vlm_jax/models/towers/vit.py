@@ -18,7 +18,7 @@ from vlm_jax.layers.attention import Mask, SelfAttention
 from vlm_jax.layers.linear import Linear
 from vlm_jax.layers.mlp import MLP
 from vlm_jax.layers.norms import LayerNorm
-from vlm_jax.layers.scope import Scope, normal, use
+from vlm_jax.layers.scope import Scope, child_key, normal, use
 from vlm_jax.layers.stack import scan_layers
 from vlm_jax.sharding import reshape, spec_of
 
@@ -86,9 +86,9 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(scope / "mlp_norm", features, eps=config.norm_eps)
         self.mlp = MLP(scope / "mlp", features, config.intermediate_size, activation=config.activation)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), Mask())[0]
-        return x + self.mlp(self.mlp_norm(x))
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), Mask(), key=child_key(key, "attention"))[0]
+        return x + self.mlp(self.mlp_norm(x), child_key(key, "mlp"))
 
 
 class ViT(nnx.Module):
@@ -113,22 +113,24 @@ class ViT(nnx.Module):
         self.layers = Block(scope.stacked(config.num_layers) / "layers", config)
         self.post_norm = LayerNorm(scope / "post_norm", features, eps=config.norm_eps) if config.post_norm else None
 
-    def __call__(self, tiles: jax.Array, dtype: jnp.dtype, *, remat: str = "none") -> jax.Array:
+    def __call__(
+        self, tiles: jax.Array, dtype: jnp.dtype, *, remat: str = "none", key: jax.Array | None = None
+    ) -> jax.Array:
+        """`key` turns dropout on; it is folded with the index of each layer."""
         config = self.config
-        x = self.patch_embed(patchify(normalise(tiles, config.mean, config.std).astype(dtype), config.patch_size))
+        pixels = normalise(tiles, config.mean, config.std).astype(dtype)
+        x = self.patch_embed(patchify(pixels, config.patch_size), child_key(key, "patch_embed"))
         if self.class_token is not None:
             token = jnp.broadcast_to(use(self.class_token, dtype), (x.shape[0], 1, x.shape[2]))
             x = jnp.concatenate([jax.reshard(token, spec_of(x)), x], axis=1)
         x = x + use(self.position_embedding, dtype)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        x, _ = scan_layers(
-            self.layers,
-            x,
-            lambda layer, x, *_: (layer(x), None),
-            first=config.layers_used,
-            remat=remat,
-        )
+
+        def apply(layer: Block, x: jax.Array, index: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return layer(x, None if key is None else jax.random.fold_in(key, index)), None
+
+        x, _ = scan_layers(self.layers, x, apply, first=config.layers_used, remat=remat)
         if self.post_norm is not None:
             x = self.post_norm(x)
         if self.class_token is not None and not config.keep_class_token:
@@ -137,8 +139,8 @@ class ViT(nnx.Module):
 
 
 def sincos2d(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
-    """Sines and cosines of row and column, [P, D] or, with a zero row for the class token, [1 + P, D]: a start from which
-    small sets are learnt faster than from noise (Beyer et al., 2022)."""
+    """Sines and cosines of row and column, [P, D] or, with a zero row for the class token, [1 + P, D]: a start from
+    which small sets are learnt faster than from noise (Beyer et al., 2022)."""
     del key
     count, features = shape
     side = math.isqrt(count)

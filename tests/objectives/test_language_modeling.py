@@ -1,0 +1,81 @@
+"""The loss is the mean over the trained tokens of the batch, or the mean of the ranks' means, as LLaVA's training does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.errors import UsageError
+from vlm_jax.objectives.language_modeling import next_token_loss, row_weights, total_weight
+from vlm_jax.sharding import make_mesh
+
+MICRO, ROWS, LENGTH, WIDTH, VOCABULARY = 2, 4, 12, 8, 20
+
+
+@pytest.fixture(autouse=True)
+def one_device() -> Iterator[None]:
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        yield
+
+
+def made() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, VOCABULARY, (MICRO, ROWS, LENGTH))
+    for row, untrained in enumerate((1, 10, 3, 5, 0, 11, 8, 2)):  # rows that weigh differently
+        labels.reshape(-1, LENGTH)[row, :untrained] = -100
+    hidden = rng.standard_normal((MICRO, ROWS, LENGTH, WIDTH), np.float32)
+    return hidden, rng.standard_normal((WIDTH, VOCABULARY), np.float32), labels
+
+
+def per_token(hidden: np.ndarray, head: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Cross-entropy float64 [A, R, T], by its definition; 0 where untrained."""
+    logits = (hidden @ head).astype(np.float64)
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    loss = -np.take_along_axis(logits, np.maximum(labels, 0)[..., None], -1)[..., 0]
+    return np.where(labels == -100, 0, loss)
+
+
+@functools.partial(jax.jit, static_argnames=("norm", "ranks"))
+def ours(hidden: jax.Array, head: jax.Array, labels: jax.Array, *, norm: str, ranks: int) -> jax.Array:
+    weights = row_weights(labels, norm=norm, ranks=ranks)
+    parts = [next_token_loss(hidden[i], head, labels[i], weights[i]) for i in range(len(labels))]
+    return sum(parts) / total_weight(labels, weights)
+
+
+def test_both_normalisations_by_their_definition() -> None:
+    hidden, head, labels = made()
+    loss, trained = per_token(hidden, head, labels), labels != -100
+    mean = loss.sum() / trained.sum()
+    assert ours(hidden, head, labels, norm="global_tokens", ranks=1) == pytest.approx(mean, rel=1e-6)
+    assert ours(hidden, head, labels, norm="rank_mean", ranks=1) == pytest.approx(mean, rel=1e-6)
+    for ranks in (2, 4, 8):
+        groups = loss.reshape(ranks, -1).sum(1) / trained.reshape(ranks, -1).sum(1)
+        assert ours(hidden, head, labels, norm="rank_mean", ranks=ranks) == pytest.approx(groups.mean(), rel=1e-6)
+        assert abs(groups.mean() - mean) > 0.01  # they are not the same thing
+
+
+def test_a_rank_without_a_trained_token_counts_nothing() -> None:
+    hidden, head, labels = made()
+    labels[0, 2:] = -100  # the second of four ranks
+    loss, trained = per_token(hidden, head, labels).reshape(4, -1), (labels != -100).reshape(4, -1)
+    groups = [loss[i].sum() / trained[i].sum() for i in (0, 2, 3)]
+    assert ours(hidden, head, labels, norm="rank_mean", ranks=4) == pytest.approx(np.mean(groups), rel=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["global_tokens", "rank_mean"])
+def test_nothing_to_train_is_zero(norm: str) -> None:
+    hidden, head, labels = made()
+    assert ours(hidden, head, np.full_like(labels, -100), norm=norm, ranks=4) == 0
+
+
+def test_mistakes_are_one_sentence() -> None:
+    labels = jnp.zeros((1, 6, 4), int)
+    with pytest.raises(UsageError, match="loss_norm 'rank-mean' is not one of .*did you mean 'rank_mean'"):
+        row_weights(labels, norm="rank-mean", ranks=1)
+    with pytest.raises(UsageError, match="loss_ranks 4 does not divide the 6 rows"):
+        row_weights(labels, norm="rank_mean", ranks=4)
