@@ -101,7 +101,7 @@ def test_python_and_command_say_the_same_and_only_that(
     done = run_python(
         "-m", "vlm_jax.generate", f"--model={workdir}", *flags, "--prompt", "Which one?", f"--max_new_tokens={NEW}"
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == expected("Which one?", images) + "\n"
     assert expected("Which one?", images) != expected("Which one?", images[::-1])
 

@@ -75,7 +75,9 @@ def make_family(model: Mapping[str, Any], *, dtype: str = "float32", remat: str 
     settings = dict(model)
     name = settings.pop("family", None)
     if name not in FAMILIES:
-        raise UsageError(f"config.model.family is {name!r}, not one of {', '.join(FAMILIES)}{suggest(str(name), FAMILIES)}")
+        raise UsageError(
+            f"config.model.family is {name!r}, not one of {', '.join(FAMILIES)}{suggest(str(name), FAMILIES)}"
+        )
     return FAMILIES[name](settings, dtype=dtype, remat=remat)
 
 

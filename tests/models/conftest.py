@@ -95,7 +95,7 @@ def batch(seed: int = 0, *, micro: int = 1, rows: int = 8, length: int = 16, til
 
 
 def random_params(abstract: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -> dict[str, jax.Array]:
-    """Weights that depend on their paths alone, made on the host: nothing to compile. Biases and scales are random too."""
+    """Weights that follow from their paths, biases and scales too; made on the host, where nothing is compiled."""
 
     def make(path: str, a: jax.ShapeDtypeStruct) -> jax.Array:
         draw = np.random.default_rng([seed, zlib.crc32(path.encode())]).standard_normal(a.shape, np.float32)
@@ -132,16 +132,16 @@ def train_step(
     seed: int = 0,
     **more: Any,
 ) -> tuple[TrainState, Any]:
-    """A state with random weights and the step, quickly compiled; plain gradient descent with rate 1, so that the change of a weight is its
-    gradient. Only paths that hold `trains` are trained."""
+    """A state with random weights, and the step. Only paths that hold `trains` are trained.
+
+    Plain gradient descent with rate 1, so that the change of a weight is its gradient.
+    """
     optimizer = optimizer or optax.sgd(1.0)
     params = random_params(family.bound.abstract, seed)
     rates = {path: 1.0 if trains in path else None for path in params}
     state = init_state(params, rates, optimizer, frozen_dtype=np.dtype("float32"), ema=False)
     weigh = functools.partial(family.weigh, norm=norm, ranks=ranks)
-    step = make_train_step(
-        family.loss, weigh, optimizer, seed=0, ema_decay=None, compiler_options=quick(), **more
-    )
+    step = make_train_step(family.loss, weigh, optimizer, seed=0, ema_decay=None, compiler_options=quick(), **more)
     return state, step
 
 

@@ -63,11 +63,13 @@ def test_sums_of_many_bfloat16_gradients_are_made_in_float32() -> None:
     def gradients(table, newline):
         embed = jax.grad(lambda table: bound.bind(table)(tokens, dtype).astype(jnp.float32).sum())
         place = jax.grad(
-            lambda newline: place_visual(
-                jnp.zeros((1, count, WIDTH), dtype), jnp.zeros((1, 1, WIDTH), dtype), newline, newlines, nowhere
+            lambda newline: (
+                place_visual(
+                    jnp.zeros((1, count, WIDTH), dtype), jnp.zeros((1, 1, WIDTH), dtype), newline, newlines, nowhere
+                )
+                .astype(jnp.float32)
+                .sum()
             )
-            .astype(jnp.float32)
-            .sum()
         )
         return embed(table)["embedding"], place(newline)
 

@@ -170,7 +170,7 @@ def test_flops_of_text_are_six_per_weight_and_token(tiny) -> None:
 
 
 def test_flops_of_a_batch_by_hand(tiny) -> None:
-    """One row of two packed samples of 5 and 3 tokens under a window of 4, one tile, two labels; the rest is padding."""
+    """One row of two samples of 5 and 3 tokens, a window of 4, one tile and two labels; the rest is padding."""
     family = tiny.family("clip_vit", decoder="mistral", decoder_changes={"sliding_window": 4})
     arrays = {name: np.zeros_like(a[:1]) for name, a in tiny.batch(rows=1, length=16).items()}
     arrays["segment_ids"][..., :8] = [1, 1, 1, 1, 1, 2, 2, 2]
@@ -206,7 +206,10 @@ def test_flops_of_a_batch_by_hand(tiny) -> None:
         assert family.costs(rates(family, groups)).of_batch(arrays) == by_hand(*times), groups
 
     adapted = tiny.family(
-        "clip_vit", decoder="mistral", decoder_changes={"sliding_window": 4}, lora=lora(2, 4.0, targets="decoder/layers/.*")
+        "clip_vit",
+        decoder="mistral",
+        decoder_changes={"sliding_window": 4},
+        lora=lora(2, 4.0, targets="decoder/layers/.*"),
     )
     costs = adapted.costs(rates(adapted, [(".*/lora_.*", 1.0), (".*", None)]))
     adapters = size(adapted, "decoder/", "lora_a") + size(adapted, "decoder/", "lora_b")

@@ -30,7 +30,7 @@ TOLERANCE = 1e-4
 
 
 def enlarge(model: Any) -> Any:
-    """Draws every weight anew, so that each matters: kernels 1.5 / sqrt(fan-in), norm scales 1 ± 0.3, the rest ± 0.5."""
+    """Draws every weight anew so that it matters: kernels 1.5 / sqrt(fan-in), norm scales 1 ± 0.3, the rest ± 0.5."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -259,7 +259,7 @@ def test_tower_equals_transformers_at_every_layer(tiny, name: str) -> None:
     pixels = np.array(normalise(jnp.asarray(tiles), settings.get("mean", (0.5,) * 3), settings.get("std", (0.5,) * 3)))
     given = torch.tensor(pixels.transpose(0, 3, 1, 2)).requires_grad_()
     output = model(given, output_hidden_states=True)
-    # Without RoPE a bias of the keys adds the same to all scores of a query. CLIP norms its class token alone at the end.
+    # Without RoPE a bias of the keys adds the same to all scores of a query. CLIP's last norm is for its class token.
     never = ("k_proj.bias", "post_layernorm.weight", "post_layernorm.bias") if name == "clip" else ("k_proj.bias",)
     check_reacts(model, given, output.last_hidden_state, never=never)
 

@@ -1,4 +1,4 @@
-"""The train step of a LLaVA: the mesh, accumulation and rematerialisation change nothing but where and when it computes."""
+"""The train step of a LLaVA: mesh, accumulation and rematerialisation change where and when it computes, not what."""
 
 from __future__ import annotations
 
@@ -45,7 +45,15 @@ MESHES = {
 
 def step_on(tiny, devices: int, **sizes: int) -> tuple[float, float, dict[str, np.ndarray]]:
     with jax.set_mesh(make_mesh(devices=jax.devices()[:devices], **sizes)):
-        family = tiny.family("vit", "mlp2x_gelu", "qwen2", vision_changes={"class_token": True}, newline=True, lora=LORA)
+        family = tiny.family(
+            "vit",
+            "mlp2x_gelu",
+            "qwen2",
+            vision_changes={"class_token": True},
+            decoder_changes={"num_kv_heads": 1},
+            newline=True,
+            lora=LORA,
+        )
         return one_step(tiny, family, tiny.batch(rows=8))
 
 

@@ -1,4 +1,4 @@
-"""The loss is the mean over the trained tokens of the batch, or the mean of the ranks' means, as LLaVA's training does."""
+"""The loss is the mean over the trained tokens of the batch, or the mean of the ranks' means, as LLaVA trains."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_nothing_to_train_is_zero(norm: str) -> None:
 
 def test_mistakes_are_one_sentence() -> None:
     labels = jnp.zeros((1, 6, 4), int)
-    with pytest.raises(UsageError, match="loss_norm 'rank-mean' is not one of .*did you mean 'rank_mean'"):
+    with pytest.raises(UsageError, match=r"loss_norm 'rank-mean' is not one of .*did you mean 'rank_mean'"):
         row_weights(labels, norm="rank-mean", ranks=1)
     with pytest.raises(UsageError, match="loss_ranks 4 does not divide the 6 rows"):
         row_weights(labels, norm="rank_mean", ranks=4)

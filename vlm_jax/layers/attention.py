@@ -101,9 +101,7 @@ class SelfAttention(nnx.Module):
     ) -> tuple[jax.Array, Cache]:
         """One token per row: `x [B, 1, D]` at `positions [B]` sees what the cache holds up to itself."""
         q, k, v = self.project(x, rope, None)
-        cache = Cache(
-            keys=_write(cache.keys, layer, positions, k), values=_write(cache.values, layer, positions, v)
-        )
+        cache = Cache(keys=_write(cache.keys, layer, positions, k), values=_write(cache.values, layer, positions, v))
         slots = jnp.broadcast_to(jnp.arange(cache.keys.shape[2], dtype=jnp.int32), (x.shape[0], cache.keys.shape[2]))
         slots = jax.reshard(slots, P(RULES.batch, None))
         seen = jnp.where(slots <= positions[:, None], 1, 0)

@@ -61,7 +61,7 @@ class Linear(nnx.Module):
 
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x [..., in] @ kernel [in, out]`; a width split over `tensor` on both sides is summed, as row-parallel layers do."""
+    """`x [..., in] @ kernel [in, out]`; a width split over `tensor` on both sides is summed: row-parallel layers."""
     out = P(*spec_of(x)[:-1], spec_of(kernel)[-1])
     return jnp.einsum("...d,df->...f", x, kernel, out_sharding=out)
 

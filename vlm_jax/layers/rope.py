@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al., 2021), halves split as Hugging Face does, with the scalings of Llama's family."""
+"""Rotary position embeddings (Su et al., 2021), split into halves as in Hugging Face, with Llama's scalings."""
 
 from __future__ import annotations
 

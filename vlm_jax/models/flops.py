@@ -64,9 +64,7 @@ def llava_costs(
     per_tile = per_token = per_label = 0.0
     for path, a in abstract.items():
         leaf = path.rsplit("/", 1)[-1]
-        head = path.startswith("decoder/lm_head/") or (
-            decoder.tie_embeddings and path == "decoder/embed/embedding"
-        )
+        head = path.startswith("decoder/lm_head/") or (decoder.tie_embeddings and path == "decoder/embed/embedding")
         if leaf not in ("kernel", "lora_a", "lora_b") and not head:
             continue
         size = math.prod(a.shape)

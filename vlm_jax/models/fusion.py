@@ -14,9 +14,9 @@ def place_visual(
     """Replaces token embeddings by vision features where `index` says so.
 
     `embeddings [B, T, D]`, `features [B, K*P, D]`, `newline [D]` (stands where the index is K*P), `index [B, T]` (-1
-    none), `inverse [B, K*P]` (the position at which each feature stands, -1 nowhere) -> [B, T, D]. The index is local to
-    its row, so no gather crosses a shard of the batch; since each feature stands at most once, the backward pass is a
-    gather through `inverse`. The newline's gradient is summed in float32.
+    none), `inverse [B, K*P]` (the position at which each feature stands, -1 nowhere) -> [B, T, D]. The index is local
+    to its row, so no gather crosses a shard of the batch; since each feature stands at most once, the backward pass is
+    a gather through `inverse`. The newline's gradient is summed in float32.
     """
     return _place(embeddings, features, newline, index)
 

@@ -54,15 +54,13 @@ class Llava(nnx.Module):
     ) -> jax.Array:
         """`tiles uint8 [B, K, H, W, 3] -> features [B, K*P, D]`."""
         rows, tiles_per_row = tiles.shape[:2]
-        tiles = tiles.reshape(rows * tiles_per_row, *tiles.shape[2:])
+        batch = spec_of(tiles)[0]
+        tiles = reshape(tiles, (rows * tiles_per_row, *tiles.shape[2:]), P(batch, None, None, None))
         features = self.vision(tiles, dtype, remat=remat, key=child_key(key, "vision"))
         features = self.connector(features, child_key(key, "connector"))
-        batch = spec_of(tiles)[0]
         return reshape(features, (rows, tiles_per_row * features.shape[1], features.shape[2]), P(batch, None, None))
 
-    def embed(
-        self, batch: Batch, *, dtype: jnp.dtype, remat: str = "none", key: jax.Array | None = None
-    ) -> jax.Array:
+    def embed(self, batch: Batch, *, dtype: jnp.dtype, remat: str = "none", key: jax.Array | None = None) -> jax.Array:
         """Token embeddings with vision features in their places, [B, T, D]."""
         embeddings = self.decoder.embed(batch["tokens"], dtype)
         newline = jnp.zeros(embeddings.shape[-1], dtype) if self.newline is None else use(self.newline, dtype)

@@ -40,7 +40,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def meta(self, step: int) -> dict[str, Any]:
-        with _readable(self._directory, step):
+        with _readable(self._directory / str(step)):
             return dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
 
     def save_frozen(self, state: TrainState) -> None:
@@ -64,14 +64,14 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of `step`, in the shapes, dtypes and shardings of `like` (which may be abstract)."""
         moving = dataclasses.replace(like, frozen={})
-        with _readable(self._directory, step):
+        with _readable(self._directory / str(step)):
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(concrete, moving)))
             )["state"]
-            frozen: dict[str, jax.Array] = {}
-            if like.frozen:
-                with ocp.StandardCheckpointer() as checkpointer:
-                    frozen = checkpointer.restore(self._frozen, jax.tree.map(concrete, like.frozen))
+        frozen: dict[str, jax.Array] = {}
+        if like.frozen:
+            with _readable(self._frozen), ocp.StandardCheckpointer() as checkpointer:
+                frozen = checkpointer.restore(self._frozen, jax.tree.map(concrete, like.frozen))
         return dataclasses.replace(restored, frozen=frozen)
 
     def wait(self) -> None:
@@ -85,8 +85,8 @@ class Checkpoints:
 class _readable:
     """Turns what Orbax raises for a damaged or foreign checkpoint into one sentence."""
 
-    def __init__(self, directory: epath.Path, step: int):
-        self._where = directory / str(step)
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
 
     def __enter__(self) -> None:
         return None
@@ -94,7 +94,11 @@ class _readable:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, (OSError, ValueError, KeyError, TypeError)):
             first = (str(error).splitlines() or [repr(error)])[0]
+            way_out = (
+                "delete that folder to go on from the one before it"
+                if self._folder.name.isdecimal()
+                else f"all steps need it: delete {self._folder.parent} to train this stage anew"
+            )
             raise UsageError(
-                f"cannot read the checkpoint {self._where}: {first[:300]}; "
-                "delete that folder to go on from the one before it, or choose another --workdir"
+                f"cannot read the checkpoint {self._folder}: {first[:300]}; {way_out}, or choose another --workdir"
             ) from error

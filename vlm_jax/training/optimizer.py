@@ -130,8 +130,6 @@ def make_optimizer(
     )
 
 
-def learning_rates(
-    schedule: Callable[[Any], jax.Array], groups: Groups, step: jax.Array | int
-) -> dict[str, jax.Array]:
+def learning_rates(schedule: Callable[[Any], jax.Array], groups: Groups, step: jax.Array | int) -> dict[str, jax.Array]:
     """The learning rate of each trained group at `step`, for the metrics."""
     return {pattern: schedule(step) * multiplier for pattern, multiplier in groups if multiplier is not None}
