@@ -220,6 +220,12 @@ def test_an_unknown_variant_names_the_nearest(file: str) -> None:
         ("import os\n\ndef get_config(args=''):\n    return os.nothing", "", "{file} line 4: AttributeError"),
         ("import not_a_module_of_anyone", "", "{file} line 1: ModuleNotFoundError"),
         (
+            "from vlm_jax.recipe import experiment\ndef get_config():\n    experiment().optimiser = 1",
+            "",
+            '{file} line 3: AttributeError: Key "optimiser" does not exist and cannot be added since the config is '
+            'locked. Did you mean "optimizer"',
+        ),
+        (
             "import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict()",
             ":tiny",
             "takes no arguments",

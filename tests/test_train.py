@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
@@ -62,6 +63,7 @@ def get_config(args=""):
     )
     c.data.max_bad_fraction = 0.1
     c.optimizer.clip_norm = 1.0
+    c.ema = 0.5
     c.buckets.lengths, c.buckets.tiles = (48,), (1, 2)
     c.log.every, c.checkpoint.every = 1, 2
     c.eval.every, c.eval.max_samples, c.eval.batch, c.eval.max_new_tokens, c.eval.by = 3, 4, 4, 4, ("kind",)
@@ -275,6 +277,13 @@ def test_held_out_data_is_evaluated_during_training_and_at_the_end(finished: Sim
     assert summary["eval"]["exact_match"] == pytest.approx(sum(row["correct"] for row in rows) / 7)
     assert rows[0]["question"] == "Which digit is this?" and rows[0]["truth"] == "1" and rows[0]["kind"] == "which"
     assert "held-out accuracy" in finished.out and "talk to it:  python -m vlm_jax.generate" in finished.out
+
+
+def test_the_average_of_the_weights_is_what_is_kept(finished: SimpleNamespace) -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(finished.workdir / "checkpoints" / "1-finetune" / "6" / "state")
+    kept, name = tensors(finished.workdir)["connector.kernel"], "connector/kernel"
+    assert np.array_equal(kept, state["ema"][name]) and not np.array_equal(kept, state["trained"][name])
 
 
 def test_the_groups_say_what_is_trained(finished: SimpleNamespace) -> None:

@@ -137,7 +137,11 @@ def _run_file(file: str, args: str) -> ConfigDict:
     except Exception as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         place = f" line {lines[-1]}" if lines else ""
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        # A locked ConfigDict puts its whole content between what is wrong and what may have been meant.
+        text, _, rest = str(error).partition(" Other fields present:")
+        hint = re.search(r'Did you mean "\S+" instead of "\S+"\?', rest)
+        text = f"{text[1:]} {hint[0] if hint else ''}".rstrip() if rest else text
+        reason = " ".join(f"{type(error).__name__}: {text}".split())
         raise UsageError(f"config file {file}{place}: {reason}") from error
     if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
         raise UsageError(f"get_config of {file} returned {type(config).__name__}, expected a ml_collections.ConfigDict")

@@ -15,8 +15,8 @@ from vlm_jax.models.schema import from_dict
 
 
 def experiment(*, seed: int = 42) -> ConfigDict:
-    """All settings of a run with their defaults. A None in `data`, `steps` or `batch` leaves it to each stage; a value
-    there holds for all stages."""
+    """All settings of a run with their defaults; locked, so that a typo in a config file is an error. A None in `data`,
+    `steps` or `batch` leaves it to each stage; a value there holds for all stages."""
     return ConfigDict(
         {
             "seed": seed,
@@ -55,7 +55,7 @@ def experiment(*, seed: int = 42) -> ConfigDict:
             "checkpoint": {"every": 500, "keep": 2},
         },
         type_safe=False,
-    )
+    ).lock()
 
 
 def stage(
@@ -87,7 +87,7 @@ def stage(
         "schedule": schedule,
         "warmup": warmup,
     }
-    return ConfigDict(values, type_safe=False)
+    return ConfigDict(values, type_safe=False).lock()
 
 
 # Settings of a run that count something, with the least that they may be. None is no number.

@@ -122,9 +122,7 @@ class Run:
             self.workdir.mkdir(parents=True, exist_ok=True)
             if changes:
                 self.summary_file.unlink(missing_ok=True)
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(to_json(self.config))
-            temporary.replace(file)
+            _write(file, to_json(self.config))
         except OSError as error:
             raise UsageError(f"cannot write to --workdir={self.workdir}: {error.strerror}") from error
 
@@ -213,7 +211,7 @@ class Run:
                 "seconds": round(time.monotonic() - began, 1),
                 **results,
             }
-            self.summary_file.write_text(json.dumps(summary, indent=1) + "\n")
+            _write(self.summary_file, json.dumps(summary, indent=1) + "\n")
             self._report(summary)
 
     def _initial_params(self) -> dict[str, Any]:
@@ -433,6 +431,13 @@ class Run:
 def _evaluated(state: Any) -> dict[str, Any]:
     """The weights that evaluation and export use: the average, where one is kept."""
     return {**(state.trained if state.ema is None else state.ema), **state.frozen}
+
+
+def _write(file: Path, text: str) -> None:
+    """Wholly or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
 
 
 def _last_step(folder: Path) -> int | None:

@@ -103,7 +103,8 @@ def test_the_mixture_is_the_stated_one(records):
     assert sum(map(sum, digits.MIXTURE.values())) == 100
     for kind, columns in re.findall(r"^    (\w+)((?: +[-\d]+){5})", digits.__doc__, re.MULTILINE):
         row = [0 if word == "-" else int(word) for word in columns.split()]
-        expected = [sum(column) for column in zip(*digits.MIXTURE.values(), strict=True)] if kind == "all" else digits.MIXTURE[kind]
+        totals = [sum(column) for column in zip(*digits.MIXTURE.values(), strict=True)]
+        expected = totals if kind == "all" else digits.MIXTURE[kind]
         assert row == [*expected, sum(expected)]
 
 

@@ -245,8 +245,8 @@ def questions(layout: Layout) -> dict[str, list[tuple[str, str]]]:
 
 
 def describe(layout: Layout) -> str:
-    """`top left 3, top right 5 and bottom left 7`: the place first, since a model learns to read much sooner where it is
-    told to look."""
+    """`top left 3, top right 5 and bottom left 7`: the place first, since a model learns to read much sooner where it
+    is told to look."""
     *first, last = [f"{CELLS[cell]} {digit}" for cell, digit, _ in layout]
     return f"{', '.join(first)} and {last}" if first else last
 

@@ -124,8 +124,8 @@ def read(reader: Reader, first: int, last: int, workers: int, ahead: int) -> Gen
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Ctrl-C and SIGTERM, which may be sent to all processes of a job, are the trainer's: it still needs data for the step
-    that it is at. A worker whose trainer is gone (killed, out of memory) goes too.
+    """Ctrl-C and SIGTERM, which may be sent to all processes of a job, are the trainer's: it still needs data for the
+    step that it is at. A worker whose trainer is gone (killed, out of memory) goes too.
 
     Linux could signal that (PR_SET_PDEATHSIG), but it does so when the *thread* that started the worker ends.
     """

@@ -43,6 +43,7 @@ def load(path: str | os.PathLike[str], *, dtype: str = "float32") -> VLM:
 
 def open_tokenizer(path: str) -> Any:
     """A tokenizer from a folder or hub id; no code of the repository is run."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # such as that torch is not installed
     from transformers import AutoTokenizer
 
     if not os.path.isdir(path) and (path.startswith(("/", ".", "~")) or path.count("/") > 1):

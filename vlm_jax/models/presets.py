@@ -54,7 +54,7 @@ def vit(
 
 
 def clip_vit(**sizes: Any) -> Settings:
-    """CLIP's tower as LLaVA uses it: class token, norm before the layers, quick-GELU, second-last layer without token."""
+    """CLIP's tower as LLaVA uses it: class token, norm before the layers, quick-GELU, second-last layer without it."""
     settings = {
         "activation": "quick_gelu",
         "class_token": True,
