@@ -15,6 +15,7 @@ from vlm_jax.layers.linear import Linear, matmul
 from vlm_jax.layers.norms import LayerNorm, RMSNorm
 from vlm_jax.layers.rope import RopeScaling, frequencies
 from vlm_jax.layers.scope import LoRA, Scope
+from vlm_jax.models.binding import Bound
 from vlm_jax.sharding import make_mesh
 
 
@@ -22,8 +23,8 @@ def made(*sizes: int, seed: int = 0, build: Callable[[Scope], nnx.Module], lora:
     """The parameters of a module on a mesh of data x fsdp x tensor, by path."""
     devices = jax.devices()[: int(np.prod(sizes))]
     with jax.set_mesh(make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2], devices=devices)):
-        module = build(Scope(jax.random.key(seed), lora=lora))
-        return {"/".join(map(str, path)): np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(module))}
+        params = Bound(build, lora=lora).init(seed)
+        return {path: np.asarray(value) for path, value in params.items()}
 
 
 class Pair(nnx.Module):
@@ -86,3 +87,12 @@ def test_rope_scalings_leave_fast_frequencies_and_slow_down_slow_ones() -> None:
         assert share[0] == 1 and share[-1] == pytest.approx(8) and (np.diff(share) >= -1e-12).all()
         assert ((share > 1) & (share < 8)).sum() >= 3, "some lie between"
         assert factor == pytest.approx(0.1 * np.log(8) + 1 if kind == "yarn" else 1)
+
+
+def test_no_device_makes_more_than_its_part_of_the_weights() -> None:
+    with jax.set_mesh(make_mesh()):
+        bound = Bound(lambda scope: Linear(scope.stacked(4), 256, 512, axes=("embed", "mlp")))
+        memory = jax.jit(bound.init).lower(0).compile().memory_analysis()
+    whole = 4 * 256 * 512 * 4
+    assert memory.output_size_in_bytes < 1.1 * whole / 8
+    assert memory.temp_size_in_bytes < whole

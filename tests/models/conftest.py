@@ -109,7 +109,7 @@ def random_params(abstract: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -
 @functools.cache
 def quick() -> dict[str, Any]:
     """Options under which XLA compiles a tiny program several times faster than it does by default."""
-    options: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    options: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
     more = options | {"xla_cpu_use_fusion_emitters": False}
     try:
         jax.jit(lambda x: x).lower(1.0).compile(compiler_options=more)

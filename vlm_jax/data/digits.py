@@ -5,7 +5,8 @@ each, from the UCI "Optical Recognition of Handwritten Digits" set), each drawn 
 a little rotation, shear, scale, shift and stroke strength, on tinted and noisy paper. The scans are divided first: the
 canvases of `eval.json` show only scans that neither `train.json` nor `align.json` ever shows.
 
-    DIR/align.json   captions for stage 1 (template `plain`): "<image>" -> "top left 3 and bottom right 5"
+    DIR/align.json   captions for stage 1 (template `plain`): "<image>" -> "top left 5 and bottom right 3" or
+                     "3 bottom right and 5 top left"
     DIR/train.json   conversations of one to three turns about one canvas
     DIR/eval.json    one question per record, so that exact match counts questions; `kind` and `scans` say which sort
     DIR/images/      {align,train,eval}/*.png
@@ -251,9 +252,16 @@ def describe(layout: Layout) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def describe_by_digit(layout: Layout) -> str:
+    """`3 top left, 5 bottom left and 7 top right`, in the order of the digits: this teaches to find."""
+    *first, last = [f"{digit} {CELLS[cell]}" for digit, cell in sorted((digit, cell) for cell, digit, _ in layout)]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def align_records(rng: np.random.Generator, deck: Deck, count: int) -> list[Record]:
     sizes = _shuffled(rng, SCANS, ALIGN_SIZES, count)
-    return [_record(layout, [("", describe(layout))]) for layout in deck.deal(sizes)]
+    captions = (describe, describe_by_digit)
+    return [_record(layout, [("", captions[int(rng.integers(2))](layout))]) for layout in deck.deal(sizes)]
 
 
 def train_records(rng: np.random.Generator, deck: Deck, count: int) -> list[Record]:

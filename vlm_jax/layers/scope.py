@@ -19,24 +19,25 @@ from jax.sharding import PartitionSpec as P
 from vlm_jax.errors import UsageError
 from vlm_jax.sharding import RULES, current_mesh_shape, spec_of, without_fsdp
 
-Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
+Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype, P], jax.Array]
+"""`(key, shape, dtype, spec) -> value`, made in its sharding: each device draws its own part."""
 
 
 def normal(std: float) -> Initializer:
-    return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
+    return lambda key, shape, dtype, spec: std * jax.random.normal(key, shape, dtype, out_sharding=spec)
 
 
-def lecun(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+def lecun(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype, spec: P) -> jax.Array:
     """Normal with variance 1 / fan-in, for kernels [in, out]."""
-    return jax.random.normal(key, shape, dtype) * shape[0] ** -0.5
+    return jax.random.normal(key, shape, dtype, out_sharding=spec) * shape[0] ** -0.5
 
 
-def zeros(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
-    return jnp.zeros(shape, dtype)
+def zeros(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype, spec: P) -> jax.Array:
+    return jnp.zeros(shape, dtype, out_sharding=spec)
 
 
-def ones(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
-    return jnp.ones(shape, dtype)
+def ones(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype, spec: P) -> jax.Array:
+    return jnp.ones(shape, dtype, out_sharding=spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Scope:
         """A parameter [*stack, *shape]; `axes` names the logical axis of each dimension of `shape`."""
         key = jax.random.fold_in(self.key, zlib.crc32(f"{self.path}/{name}".encode()))
         spec = RULES.stored(axes, shape, current_mesh_shape())
-        make = lambda key: init(key, tuple(shape), self.param_dtype)  # noqa: E731
+        make = lambda key: init(key, tuple(shape), self.param_dtype, spec)  # noqa: E731
         for _ in self.stack:
             make = jax.vmap(make)
         if self.stack:

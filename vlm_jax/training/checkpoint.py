@@ -26,12 +26,14 @@ class Checkpoints:
 
     def __init__(self, directory: str, *, keep: int = 2):
         self._directory = epath.Path(directory).absolute() if "://" not in directory else epath.Path(directory)
+        # What a killed run has half written would fill the disk. Orbax can remove it too, but does so beside what comes
+        # next, and took the folder of `save_frozen` away while it was being written.
+        if jax.process_index() == 0 and self._directory.exists():
+            for half_written in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                half_written.rmtree()
         self._manager = ocp.CheckpointManager(
             self._directory,
-            # A killed run leaves half-written folders; they would fill the disk.
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, step_prefix=None, cleanup_tmp_directories=True
-            ),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, step_prefix=None),
             item_names=("state", "meta"),
         )
         self._frozen = self._directory / "frozen"

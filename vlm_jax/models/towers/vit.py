@@ -138,7 +138,7 @@ class ViT(nnx.Module):
         return x
 
 
-def sincos2d(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+def sincos2d(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype, spec: P) -> jax.Array:
     """Sines and cosines of row and column, [P, D] or, with a zero row for the class token, [1 + P, D]: a start from
     which small sets are learnt faster than from noise (Beyer et al., 2022)."""
     del key
@@ -149,7 +149,8 @@ def sincos2d(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Arra
     angles = np.arange(side)[:, None] * rates
     waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [side, D / 2]
     table = np.concatenate([np.repeat(waves, side, axis=0), np.tile(waves, (side, 1))], axis=1)[:, :features]
-    return jnp.asarray(np.concatenate([np.zeros((count - side**2, features)), table]), dtype)
+    table = np.concatenate([np.zeros((count - side**2, features)), table])
+    return jax.reshard(jnp.asarray(table, dtype), spec)
 
 
 def normalise(tiles: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
