@@ -54,6 +54,13 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
         time.sleep(0.01)
 
 
+def wait_in_start(log: Path, seconds: float) -> None:
+    """Returns after so long, or when the run that has just been started takes its first step."""
+    end, before = time.monotonic() + seconds, log.read_text().count(" loss ")
+    while time.monotonic() < end and log.read_text().count(" loss ") == before:
+        time.sleep(0.01)
+
+
 def finish(process: subprocess.Popen, log: Path) -> None:
     if process.wait() != 0:
         raise SystemExit(f"the run ended with status {process.returncode}:\n{log.read_text()[-2000:]}")
@@ -100,20 +107,19 @@ def main() -> None:
         finish(process, log)
         print(f"unbroken: {len(losses(unbroken))} steps in {time.monotonic() - started:.0f} s\n")
 
-        # One of the kills by step lies in each part of the run. Where those in the start stand among them is drawn too,
-        # the last ones apart: a run that starts faster than the first did must not come to its end.
+        # One of the kills by step lies in each part of the run. Where those in the start stand among them is drawn too.
         bounds = [round(i * (2 * STEPS - 4) / IN_STEPS) for i in range(IN_STEPS + 1)]
         steps = [draw.randint(low + 1, high) for low, high in itertools.pairwise(bounds)]
         moments: list[int | None] = list(steps)
         for _ in range(IN_START):
-            moments.insert(draw.randint(1, IN_STEPS - 3), None)
+            moments.insert(draw.randint(1, len(moments)), None)
         kills: list[dict[str, Any]] = []
         print(f"{'kill':>4}{'s after start':>15}{'last step':>11}{'checkpoint':>12}  half-written")
         for number, step in enumerate(moments, start=1):
             started = time.monotonic()
             process = start(broken, log)
             if step is None:
-                time.sleep(draw.uniform(0, start_seconds))
+                wait_in_start(log, draw.uniform(0, start_seconds))
             else:
                 wait_for_step(process, broken, max(step, kills[-1]["last_step"] + 1 if kills else 0))
                 time.sleep(draw.uniform(0, 0.3))

@@ -9,6 +9,8 @@ What a step needs to go on is the state and its number: data order and random ke
 from __future__ import annotations
 
 import dataclasses
+import functools
+import sys
 from typing import Any
 
 import jax
@@ -84,6 +86,18 @@ class Checkpoints:
         self._manager.close()
 
 
+@functools.cache
+def _ignore_closed_loops() -> None:
+    """The other reads of a restore that has failed report to an event loop that is gone, with a traceback each."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
 class _readable:
     """Turns what Orbax raises for a damaged or foreign checkpoint into one sentence."""
 
@@ -94,8 +108,11 @@ class _readable:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, TypeError)):
-            first = (str(error).splitlines() or [repr(error)])[0]
+        # Orbax raises a bare Exception for data that is cut short, with what is wrong as its cause.
+        if isinstance(error, Exception) and "RESOURCE_EXHAUSTED" not in str(error):
+            _ignore_closed_loops()
+            reason = error.__cause__ or error
+            first = (str(reason).splitlines() or [repr(reason)])[0]
             way_out = (
                 "delete that folder to go on from the one before it"
                 if self._folder.name.isdecimal()
