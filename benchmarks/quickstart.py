@@ -2,9 +2,10 @@
 
     python benchmarks/quickstart.py [--config=configs/quickstart.py] [--seeds 0 1 2] [--output=quickstart.json]
 
-Each seed is one command in a folder of its own, one after the other; seconds are the command's, from its start to its
-end. Accuracy is exact match on scans that training never saw: "which digit" on canvases of a single scan, and over the
-stated mixture of questions (vlm_jax/data/digits.py). Data that is not made yet is made first, by the first command.
+Each seed is one command, with the environment of `make quickstart`, in a folder of its own, one after the other; seconds
+are the command's, from its start to its end. Accuracy is exact match on scans that training never saw: "which digit" on
+canvases of a single scan, and over the stated mixture of questions (vlm_jax/data/digits.py). Data that is not made yet
+is made first, by the first command.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def train(config: str, seed: int, workdir: Path) -> dict[str, Any]:
     done = subprocess.run(
         [*command, f"--workdir={workdir}"],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
