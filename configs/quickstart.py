@@ -41,7 +41,7 @@ def get_config(args: str = "") -> ConfigDict:
     c.tokenizer = "digits:tokenizer"
     c.images.mode = "resize"
     c.stages = (
-        stage("align", train="digits:align", template="plain", samples=48, steps=700, lr=1e-3, warmup=0.05),
+        stage("align", train="digits:align", template="plain", samples=48, steps=700, lr=7e-4, warmup=0.05),
         stage(
             "finetune",
             train="digits:train",
@@ -49,7 +49,7 @@ def get_config(args: str = "") -> ConfigDict:
             template="vicuna_v1",
             samples=32,
             steps=900,
-            lr=1e-3,
+            lr=7e-4,
             warmup=0.05,
         ),
     )
@@ -60,7 +60,7 @@ def get_config(args: str = "") -> ConfigDict:
     c.buckets.lengths = (18, 42)  # the longest caption and the longest conversation
     c.buckets.tiles = (1,)
     c.log.every = 50
-    c.eval.every = 200
+    c.eval.every = 300
     c.eval.max_samples = 100
     c.eval.batch = 100
     c.eval.max_new_tokens = 16
