@@ -36,7 +36,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from vlm_jax.data import ImageSettings, normalise, open_image, process
 
 SIZES = [(640, 480)] * 10 + [(480, 640)] * 6 + [(500, 375)] * 6 + [(1024, 768)] * 2
-SETTINGS = ImageSettings(336)
+SETTINGS = ImageSettings(336, 576)
 
 
 def photograph(rng: np.random.Generator, width: int, height: int) -> bytes:
@@ -82,7 +82,7 @@ def main() -> None:
         return processor(Image.open(io.BytesIO(jpeg)), return_tensors="np")["pixel_values"][0]
 
     def tile(jpeg: bytes) -> np.ndarray:
-        return process(open_image(jpeg), SETTINGS)
+        return process(open_image(jpeg), SETTINGS)[0]
 
     def normalised(jpeg: bytes) -> np.ndarray:
         return normalise(tile(jpeg), SETTINGS.mean, SETTINGS.std)

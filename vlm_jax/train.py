@@ -61,8 +61,8 @@ class Run:
         self.config, self.workdir = config, workdir
         self.family = make_family(plain(config.model), dtype=config.dtype, remat=config.remat)
         self.frozen_dtype = dtype_of(config.frozen_dtype)
-        self.images = self.family.images(config.images.mode)
         self.stages = stages(config)
+        self.images = [self.family.images(stage.images) for stage in self.stages]
         self.folders = [workdir / "checkpoints" / f"{i}-{stage.name}" for i, stage in enumerate(self.stages)]
         self.init_from = find_model(config.init_from) if config.init_from else None
         if not config.tokenizer and self.init_from is None:
@@ -154,8 +154,7 @@ class Run:
             "sources": stage.train,
             "tokenizer": self.tokenizer,
             "template": stage.template,
-            "images": self.images,
-            "patches_per_tile": self.family.features_per_tile,
+            "images": self.images[number],
             "samples": samples,
             "rows": per_device * shards,
             "micro_batches": math.ceil(samples / (per_device * shards)),
@@ -313,7 +312,7 @@ class Run:
     def _vlm(self) -> Any:
         from vlm_jax.inference.vlm import VLM
 
-        return VLM(self.family, {}, tokenizer=self.tokenizer, template="plain", images=self.images)
+        return VLM(self.family, {}, tokenizer=self.tokenizer, template="plain", images=self.images[0])
 
     def _evaluate(
         self, number: int, params: dict[str, Any], stop: Any, limit: int
@@ -346,7 +345,7 @@ class Run:
                 one, weighed = self._eval_step(params, {}, self._place(batch.arrays))
                 summed, weight = summed + float(one), weight + float(weighed)
         vlm = self._vlm.with_params(params)
-        vlm.template = stage.template
+        vlm.template, vlm.images = stage.template, self.images[number]
 
         def answer(records: Sequence[Any]) -> list[str]:
             stop.check()
@@ -402,7 +401,7 @@ class Run:
             self.workdir / MODEL,
             params,
             model=plain(self.config.model),
-            mode=self.config.images.mode,
+            images=self.stages[number].images,
             template=self.stages[number].template,
             tokenizer=self.tokenizer,
         )

@@ -30,7 +30,7 @@ PATCHES = 2
 @pytest.fixture
 def load(tokenizer: Any) -> Callable[..., Loader]:
     def make(source: Any, **settings: Any) -> Loader:
-        fixed = {"template": "plain", "images": ImageSettings(8), "patches_per_tile": PATCHES}
+        fixed = {"template": "plain", "images": ImageSettings(8, PATCHES)}
         return Loader(source, tokenizer=tokenizer, **(fixed | {"samples": 4, "lengths": (16,), "seed": 3} | settings))
 
     return make
@@ -297,8 +297,8 @@ from vlm_jax.data.loader import Loader
 file, tokenizer, address, process = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, int(process))
-loader = Loader(file, tokenizer=AutoTokenizer.from_pretrained(tokenizer), template="plain", images=ImageSettings(8),
-                patches_per_tile=2, samples=2, lengths=(3, 5, 16), tiles=(1, 4), shuffle=False)
+loader = Loader(file, tokenizer=AutoTokenizer.from_pretrained(tokenizer), template="plain", images=ImageSettings(8, 2),
+                samples=2, lengths=(3, 5, 16), tiles=(1, 4), shuffle=False)
 print(json.dumps([[batch.bucket, batch.samples, batch.arrays["tokens"].shape] for batch in loader]))
 """
 

@@ -93,7 +93,7 @@ def make_vlm(byte_tokenizer: Any, random_params: Callable[..., dict[str, jax.Arr
         with jax.set_mesh(make_mesh(devices=jax.devices()[:devices], **mesh)):
             family = make_family(SETTINGS)
             params = random_params(family.bound.abstract, seed)
-            return VLM(family, params, tokenizer=byte_tokenizer, template=template, images=family.images("resize"))
+            return VLM(family, params, tokenizer=byte_tokenizer, template=template, images=family.images({"mode": "resize"}))
 
     return make
 

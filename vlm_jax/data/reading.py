@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from vlm_jax.data.conversation import UNTRAINED, encode_conversation
-from vlm_jax.data.images import ImageSettings, open_image, process
+from vlm_jax.data.images import ImageSettings, Picture, layout, process
 from vlm_jax.data.order import Order
 from vlm_jax.data.records import BadRecord, Record
 from vlm_jax.data.rows import Row, expanded_length, fusion_row
@@ -52,26 +52,27 @@ class FusionEncoder:
     tokenizer: Any
     template: str
     images: ImageSettings
-    patches_per_tile: int
     longest: int
     most_tiles: int
 
     def __call__(self, record: Record, folder: str | os.PathLike) -> Row:
-        """Raises BadRecord. The images are opened last, since that takes the time."""
+        """Raises BadRecord. The images are decoded last, since that takes the time; their headers tell the length."""
         encoded = encode_conversation(record, self.template, tokenizer=self.tokenizer)
         ids, labels = encoded["input_ids"], encoded["labels"]
         if (labels == UNTRAINED).all():
             raise BadRecord("no_trainable_token", f"none of its {len(ids)} tokens is trained")
-        tiles = len(record.images)
-        length = expanded_length(ids, [1] * tiles, self.patches_per_tile)
+        settings = self.images.of(len(record.images))
+        pictures = [Picture(image, folder) for image in record.images]
+        layouts = [layout(picture.size, settings) for picture in pictures]
+        tiles, length = sum(one.tiles for one in layouts), expanded_length(ids, layouts)
         if length > self.longest or tiles > self.most_tiles:
             raise BadRecord(
                 "too_long",
                 f"it has {length} tokens and {tiles} tiles; the largest bucket holds {self.longest} and "
                 f"{self.most_tiles}",
             )
-        images = [process(open_image(image, folder), self.images)[None] for image in record.images]
-        return fusion_row(ids, labels, images, self.patches_per_tile, self.images.size)
+        pixels = [process(picture.pixels(), settings) for picture in pictures]
+        return fusion_row(ids, labels, pixels, layouts, self.images)
 
 
 @dataclasses.dataclass(frozen=True)

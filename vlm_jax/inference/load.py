@@ -30,7 +30,7 @@ def load(path: str | os.PathLike[str], *, dtype: str = "float32") -> VLM:
     with jax.set_mesh(mesh):
         try:
             family = make_family(config["model"], dtype=dtype)
-            images, template = family.images(config["images"]["mode"]), str(config["template"])
+            images, template = family.images(config["images"]), str(config["template"])
         except (KeyError, TypeError) as error:
             raise UsageError(f"the config.json in {folder} is damaged: {type(error).__name__} {error}") from error
         abstract = {
@@ -60,10 +60,10 @@ def save(
     params: Mapping[str, jax.Array],
     *,
     model: Mapping[str, Any],
-    mode: str,
+    images: Mapping[str, Any],
     template: str,
     tokenizer: Any,
 ) -> None:
     """Writes what `load` opens. Every process calls it; the first writes."""
-    config = {"model": dict(model), "images": {"mode": mode}, "template": template}
+    config = {"model": dict(model), "images": dict(images), "template": template}
     save_model(str(folder), params, config, tokenizer=tokenizer)
