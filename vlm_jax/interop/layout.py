@@ -14,6 +14,17 @@ FORMAT = "vlm_jax"
 MODEL = "model"  # the folder of a workdir that holds the model of its newest finished stage
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+EXTRA = "hf_extra.safetensors"  # tensors of an imported tower that LLaVA does not compute with, in hub layout
+HF_CONFIG = "hf_config.json"  # the config.json that was imported
+# Files of an imported model that training passes on and export writes again; the tokenizer's are not among them.
+CARRIED = (
+    EXTRA,
+    HF_CONFIG,
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "chat_template.json",
+)
 PARTIAL = ".partial"  # the folder in which a model is written before its files are moved into place
 
 
