@@ -75,6 +75,8 @@ def stage(
     train: str | Sequence[Mapping[str, Any]] | None,
     groups: Sequence[tuple[str, float | None]] = ((".*", 1.0),),
     template: str,
+    image_placement: str = "first",
+    compat_drop_mismatch: bool = False,
     samples: int,
     lr: float,
     image_settings: Mapping[str, Any] | None = None,
@@ -87,11 +89,15 @@ def stage(
 ) -> ConfigDict:
     """One stage. `train` is a path or a mixture of `{"path", "images", "weight"}`; `samples` is the batch; `steps` wins
     over `epochs`; `groups` lists (regex of parameter paths, learning-rate multiplier or None to freeze);
-    `image_settings` changes keys of `config.images` for this stage."""
+    `image_settings` changes keys of `config.images` for this stage; `image_placement` (first, last, random or as_is) is
+    where a message's only image stands; `compat_drop_mismatch` leaves out what LLaVA loses to "tokenization mismatch".
+    """
     values = {
         "name": name,
         "data": {"train": train, "eval": eval, "images": images},
         "template": template,
+        "image_placement": image_placement,
+        "compat_drop_mismatch": compat_drop_mismatch,
         "image_settings": dict(image_settings or {}),
         "samples": samples,
         "lr": lr,
@@ -202,6 +208,8 @@ class Stage:
     train: tuple[SourceSpec, ...]
     eval: SourceSpec | None
     template: str
+    image_placement: str
+    compat_drop_mismatch: bool
     images: Mapping[str, Any]
     samples: int
     lr: float
@@ -241,6 +249,8 @@ def stages(config: ConfigDict) -> list[Stage]:
                 train=sources,
                 eval=SourceSpec(evaluation, images) if evaluation else None,
                 template=values.template,
+                image_placement=values.image_placement,
+                compat_drop_mismatch=bool(values.compat_drop_mismatch),
                 images={**plain(config.images), **plain(values.image_settings)},
                 samples=samples,
                 lr=float(values.lr),

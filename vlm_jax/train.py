@@ -34,11 +34,13 @@ def main(argv: Sequence[str]) -> None:
     # The heavy imports come after the command line has been understood.
     import jax
 
+    from vlm_jax.requirements import check
     from vlm_jax.training.loop import StopSignal
 
     command = shlex.join(["python", "-m", "vlm_jax.train", f"--config={given.config}", *given.overrides])
     with StopSignal().listening() as stop:
         with jax.set_mesh(_mesh(config)):
+            check(config, given.config)
             Run(config, workdir, command).train(stop, began)
 
 
@@ -154,6 +156,8 @@ class Run:
             "sources": stage.train,
             "tokenizer": self.tokenizer,
             "template": stage.template,
+            "image_placement": stage.image_placement,
+            "compat_drop_mismatch": stage.compat_drop_mismatch,
             "images": self.images[number],
             "samples": samples,
             "rows": per_device * shards,
@@ -336,6 +340,7 @@ class Run:
             steps=None,
             bad_records=None,
             workers=0,
+            compat_drop_mismatch=False,
         )
         steps = min(loader.steps, math.ceil(limit / loader.order.samples))
         summed = weight = 0.0
@@ -346,6 +351,7 @@ class Run:
                 summed, weight = summed + float(one), weight + float(weighed)
         vlm = self._vlm.with_params(params)
         vlm.template, vlm.images = stage.template, self.images[number]
+        vlm.image_placement = stage.image_placement
 
         def answer(records: Sequence[Any]) -> list[str]:
             stop.check()
@@ -403,6 +409,7 @@ class Run:
             model=plain(self.config.model),
             images=self.stages[number].images,
             template=self.stages[number].template,
+            image_placement=self.stages[number].image_placement,
             tokenizer=self.tokenizer,
         )
 

@@ -63,9 +63,19 @@ class VLM:
     three quarters of them, tiles to 1 or to powers of two times the most that one image has. `compiled` counts them.
     """
 
-    def __init__(self, family: LlavaFamily, params: Params, *, tokenizer: Any, template: str, images: ImageSettings):
+    def __init__(
+        self,
+        family: LlavaFamily,
+        params: Params,
+        *,
+        tokenizer: Any,
+        template: str,
+        images: ImageSettings,
+        image_placement: str = "first",
+    ):
         self.family, self.params = family, params
         self.tokenizer, self.template, self.images = tokenizer, template, images
+        self.image_placement = image_placement
         self.mesh = jax.sharding.get_mesh()
         self.compiled: collections.Counter[str] = collections.Counter()
         count = lambda name: functools.partial(self.compiled.update, (name,))  # noqa: E731
@@ -156,7 +166,9 @@ class VLM:
 
     def encode(self, request: Request) -> Encoded:
         """Tokens and tiles of a request. Raises BadRecord: malformed messages, or an image that cannot be opened."""
-        prompt = encode_prompt(request.messages, self.template, tokenizer=self.tokenizer)
+        prompt = encode_prompt(
+            request.messages, self.template, tokenizer=self.tokenizer, image_placement=self.image_placement
+        )
         unnamed = [] if isinstance(request.messages, Record) else list(request.images)
         places = sum(image is None for image in prompt.images)
         if len(unnamed) != places:
