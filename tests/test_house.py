@@ -24,7 +24,7 @@ LEVELS = (
     ("kernels", "sharding"),
     ("layers",),
     ("models", "objectives", "data"),
-    ("training", "evaluation", "interop", "families", "inference", "recipe"),
+    ("training", "evaluation", "interop", "families", "inference", "recipe", "requirements"),
     ("train", "evaluate", "generate", "convert", "plan"),
 )
 EVERYWHERE = ("errors", "compat", "config")  # may be imported from anywhere, and import nothing but one another
