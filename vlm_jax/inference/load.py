@@ -11,7 +11,7 @@ import jax
 from vlm_jax.errors import UsageError
 from vlm_jax.families import make_family
 from vlm_jax.inference.vlm import VLM
-from vlm_jax.interop.checkpoint import open_checkpoint, tokenizer_folder
+from vlm_jax.interop.checkpoint import image_token_id, open_checkpoint, tokenizer_folder
 from vlm_jax.interop.layout import MODEL, find_model
 from vlm_jax.interop.native import load_entries, save_model
 from vlm_jax.sharding import make_mesh
@@ -43,11 +43,21 @@ def load(path: str | os.PathLike[str], *, dtype: str = "float32", template: str 
         }
         params = load_entries(found.entries, abstract, folder, found.problems)
         tokenizer = open_tokenizer(folder) if has_tokenizer(folder) else None
-        return VLM(family, params, tokenizer=tokenizer, template=template, images=images, image_placement=placement)
+        return VLM(
+            family,
+            params,
+            tokenizer=tokenizer,
+            template=template,
+            images=images,
+            image_placement=placement,
+            image_token_id=image_token_id(found),
+        )
 
 
 def has_tokenizer(folder: str) -> bool:
-    return any(os.path.exists(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return any(
+        os.path.exists(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    )
 
 
 def open_tokenizer(path: str) -> Any:

@@ -18,7 +18,10 @@ from jax.sharding import PartitionSpec as P
 from vlm_jax.data import BadRecord, ImageSettings, Record, encode_prompt, process
 from vlm_jax.data.images import Picture, layout
 from vlm_jax.data.rows import Row, collate, fusion_fields, fusion_row
+from vlm_jax.data.templates import TEMPLATES
+from vlm_jax.errors import UsageError
 from vlm_jax.families import LlavaFamily
+from vlm_jax.inference.apply_hf import hf_batch, make_logits, place_inputs
 from vlm_jax.inference.files import open_file
 from vlm_jax.models.binding import Params
 from vlm_jax.models.generation import DecodeState, make_decode, make_prefill
@@ -69,18 +72,20 @@ class VLM:
         params: Params,
         *,
         tokenizer: Any,
-        template: str,
+        template: str | None,
         images: ImageSettings,
         image_placement: str = "first",
+        image_token_id: int | None = None,
     ):
         self.family, self.params = family, params
         self.tokenizer, self.template, self.images = tokenizer, template, images
-        self.image_placement = image_placement
+        self.image_placement, self.image_token_id = image_placement, image_token_id
         self.mesh = jax.sharding.get_mesh()
         self.compiled: collections.Counter[str] = collections.Counter()
         count = lambda name: functools.partial(self.compiled.update, (name,))  # noqa: E731
         self._prefill = make_prefill(family.bound, dtype=family.dtype, on_trace=count("prefill"))
         self._decode = make_decode(family.bound, on_trace=count("decode"))
+        self._logits = make_logits(family.bound, dtype=family.dtype)
 
     def with_params(self, params: Params) -> VLM:
         """The same model with other weights; what is compiled is kept."""
@@ -164,8 +169,28 @@ class VLM:
         encoded = [self.encode(request) for request in requests]
         return np.asarray(self._start(encoded, 1, 1, GREEDY)[3])[: len(requests)]
 
+    def apply_hf(self, **inputs: Any) -> np.ndarray:
+        """Logits float32 [B, T, V] of what the Hugging Face processor of this model yields, as numpy arrays: input_ids
+        with an image token for each feature, attention_mask, pixel_values and, of llava_next, image_sizes.
+
+        Raises UsageError where they do not fit the model or one another.
+        """
+        if self.image_token_id is None:
+            raise UsageError("which token stands for an image is not known: this model is not from Hugging Face")
+        batch = hf_batch(inputs, self.images, self.image_token_id)
+        with jax.set_mesh(self.mesh):
+            logits = self._logits(self.params, place_inputs(batch))
+        return np.asarray(logits)[: len(batch["tokens"])]
+
     def encode(self, request: Request) -> Encoded:
         """Tokens and tiles of a request. Raises BadRecord: malformed messages, or an image that cannot be opened."""
+        if self.tokenizer is None:
+            raise UsageError("the model came without a tokenizer: put its files beside the weights and load it again")
+        if self.template is None:
+            raise UsageError(
+                "the conversation template of this model is not known: give it, as in load(path, template=NAME) or "
+                f"--template=NAME, one of {', '.join(TEMPLATES)}"
+            )
         prompt = encode_prompt(
             request.messages, self.template, tokenizer=self.tokenizer, image_placement=self.image_placement
         )

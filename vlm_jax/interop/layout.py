@@ -50,6 +50,15 @@ def find_model(path: str | os.PathLike[str]) -> epath.Path:
     raise UsageError(f"{folder} holds neither a workdir nor a model of ours{found}")
 
 
+def is_foreign(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a folder that holds a model of Hugging Face's or of the original LLaVA."""
+    folder = epath.Path(path)
+    if not (folder / CONFIG).exists() or (folder / MODEL / CONFIG).exists():
+        return False
+    config = _read(folder / CONFIG)
+    return config.get("format") != FORMAT and ("model_type" in config or "mm_vision_tower" in config)
+
+
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The `config.json` of one of our checkpoints. Raises UsageError when it is not one."""
     file = epath.Path(directory) / CONFIG

@@ -169,6 +169,7 @@ _RENAMES = tuple(
             r"(model\.language_model\.|language_model\.model\.|language_model\.|model\.)(?P<rest>.*)",
             r"language_model.model.\g<rest>",
         ),
+        (r"(?P<rest>(embed_tokens|layers|norm)\..*)", r"language_model.model.\g<rest>"),
     )
 )
 # hub layout -> LLaVA's: the first prefix that fits.

@@ -118,9 +118,10 @@ class ViT(nnx.Module):
     def __call__(
         self, tiles: jax.Array, dtype: jnp.dtype, *, remat: str = "none", key: jax.Array | None = None
     ) -> jax.Array:
-        """`key` turns dropout on; it is folded with the index of each layer."""
+        """`key` turns dropout on; it is folded with the index of each layer. Tiles of floats are normalised already."""
         config = self.config
-        pixels = normalise(tiles, config.mean, config.std).astype(dtype)
+        raw = not jnp.issubdtype(tiles.dtype, jnp.floating)
+        pixels = (normalise(tiles, config.mean, config.std) if raw else tiles).astype(dtype)
         x = self.patch_embed(patchify(pixels, config.patch_size), child_key(key, "patch_embed"))
         if self.class_token is not None:
             token = jnp.broadcast_to(use(self.class_token, dtype), (x.shape[0], 1, x.shape[2]))

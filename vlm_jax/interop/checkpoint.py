@@ -1,0 +1,72 @@
+"""Opens a model by any of its names: a workdir, a model of ours, a Hugging Face or LLaVA folder, or a hub id."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vlm_jax.errors import UsageError
+from vlm_jax.interop.hf_config import WHOLE, Json
+from vlm_jax.interop.hub import local_folder
+from vlm_jax.interop.huggingface import TOKENIZER_FILES, Checkpoint, describe_huggingface, open_huggingface, read_json
+from vlm_jax.interop.layout import CARRIED, CONFIG, EXTRA, HF_CONFIG, MODEL, find_model, is_foreign, read_config
+from vlm_jax.interop.native import open_entries
+from vlm_jax.interop.weights import open_safetensors
+
+__all__ = ["Checkpoint", "describe_model", "locate", "open_checkpoint"]
+
+
+def locate(path: str | os.PathLike[str]) -> tuple[str, bool]:
+    """The folder of the model at `path`, and whether it is one of ours. A hub id is fetched."""
+    folder = os.path.expanduser(local_folder(path))
+    if is_foreign(folder):
+        return folder, False
+    return str(find_model(folder)), True
+
+
+def describe_model(path: str | os.PathLike[str]) -> Json:
+    """`model`, `images` and `template` of the model at `path`; its weights are not read."""
+    folder, ours = locate(path)
+    return read_config(folder) if ours else describe_huggingface(folder)
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, vision: str | None = None) -> Checkpoint:
+    """The model at `path`, its tensors ready to be read.
+
+    vision: where the vision tower is, for an original LLaVA that does not hold it.
+    Raises UsageError when there is none, or when it is not what it says.
+    """
+    folder, ours = locate(path)
+    if not ours:
+        return open_huggingface(folder, vision=vision)
+    place = Path(folder)
+    config = read_config(place)
+    for key in ("model", "images"):
+        if not isinstance(config.get(key), dict):
+            raise UsageError(f"{place / CONFIG} is damaged: it has no {key!r}")
+    entries, problems = open_entries(folder)
+    travelling = (*TOKENIZER_FILES, *(name for name in CARRIED if name != EXTRA))
+    return Checkpoint(
+        folder=place,
+        config=config,
+        entries=entries,
+        extra=open_safetensors(place / EXTRA) if (place / EXTRA).exists() else {},
+        files={name: place / name for name in travelling if (place / name).is_file()},
+        problems=problems,
+    )
+
+
+def tokenizer_folder(path: str | os.PathLike[str]) -> str:
+    """Where the tokenizer of the model at `path` is; a folder that is no model may hold one as well."""
+    folder = os.path.expanduser(local_folder(path, weights=False))
+    inner = os.path.join(folder, MODEL)
+    return inner if os.path.exists(os.path.join(inner, CONFIG)) else folder
+
+
+def image_token_id(found: Checkpoint) -> int:
+    """The token that stands for an image in Hugging Face's ids: that of the imported config; otherwise the tokenizer's
+    `<image>`, or the one that export would add, the first after the vocabulary."""
+    raw = read_json(found.files[HF_CONFIG]) if HF_CONFIG in found.files else {}
+    if raw.get("model_type") in WHOLE and "text_config" in raw:
+        return int(raw.get("image_token_index") or raw.get("image_token_id") or 32_000)
+    return int(found.config["model"]["decoder"]["vocab_size"])
