@@ -82,7 +82,7 @@ def open_huggingface(folder: str | os.PathLike[str], *, vision: str | None = Non
         (part,) = described.model
         raise UsageError(
             f"{place} holds a {part} alone: name it in a training config, "
-            f"--config.init_from.{part}={place}, and a LLaVA starts from it"
+            f"--config.parts.{part}={place}, and a LLaVA starts from it"
         )
     model, notes = described.model, []
     if described.kind == "llava" and not any(hf.startswith("vision_tower.") for hf in weights.found):
