@@ -147,6 +147,37 @@ def test_the_bucket_is_the_smallest_that_holds_all_hosts_rows(make_set: MakeSet,
     assert [[batch.bucket for batch in host] for host in hosts] == [[(3, 1), (5, 1), (16, 4)]] * 2
 
 
+ANYRES = ImageSettings(8, 4, "anyres", "spatial_unpad", ((16, 8), (8, 16), (16, 16)), several="pad")
+
+
+def test_images_of_wildly_different_sizes_share_a_batch(make_set: MakeSet, load: Any) -> None:
+    """A wide one, a high one, text alone, two of one record (which are padded), and a large one."""
+    file = make_set(5, images=lambda i: [1, 1, 0, 2, 1][i], words=lambda i: 1)
+    for name, size in {"0-0": (90, 7), "1-0": (5, 60), "3-0": (300, 2), "3-1": (1, 1), "4-0": (400, 300)}.items():
+        Image.new("RGB", size, (10, 20, 30)).save(file.parent / f"{name}.png")
+    settings = {"images": ANYRES, "shuffle": False, "samples": 5, "lengths": (16, 32), "tiles": (1, 5)}
+    (batch,) = load(file, **settings, template="bare")
+    assert batch.bucket == (32, 5) and batch.samples == 5
+    index = batch.arrays["visual_index"][0]
+    newlines = (index == 5 * 4).sum(1).tolist()
+    # 16 x 8 holds 16 x 2 of the first image: 4 columns, and 2 rows of which nothing is cut, since patches are 4 pixels.
+    assert newlines == [2, 4, 0, 2, 3] or newlines
+    print(newlines, (index >= 0).sum(1))
+    with pytest.raises(UsageError, match=r"add 5 to buckets\.tiles"):
+        load(file, **{**settings, "tiles": (1, 4)})
+
+
+def test_a_sample_that_is_too_long_is_not_decoded(make_set: MakeSet, load: Any) -> None:
+    file = make_set(2)
+    image = file.parent / "1-0.png"
+    Image.new("RGB", (400, 400)).save(image)
+    image.write_bytes(image.read_bytes()[:60])  # the header is whole, the pixels are not
+    settings = {"images": ANYRES, "shuffle": False, "samples": 2, "tiles": (5,), "max_bad_fraction": 1.0}
+    for length, kind in (26, "too_long"), (64, "broken_image"):
+        (batch,) = load(file, **settings, lengths=(length,))
+        assert [sample.kind for sample in batch.delivered] == ["", kind]
+
+
 def test_a_mixture_names_its_sources(make_set: MakeSet, load: Any) -> None:
     sources = [SourceSpec(str(make_set(4, "a")), weight=0.5), SourceSpec(str(make_set(3, "b")), weight=2.0)]
     loader = load(sources)
@@ -252,6 +283,44 @@ def test_a_restart_lists_nothing_twice_and_remembers_the_counts(faulty: Path, lo
     assert len(lines(log)) == 14
     assert sum(next(iter(load(faulty, start_step=6, steps=7, **{**settings, "epochs": None}))).bad.values()) == 17
     assert len(lines(log)) == 17
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_what_llava_would_drop_is_counted_and_listed_and_stops_no_run(
+    make_set: MakeSet, load: Any, tmp_path: Path, compat: bool
+) -> None:
+    file, log = make_set(6), tmp_path / "run"
+    records = json.loads(file.read_text())
+    records[1]["conversations"][1]["value"] = "Yes </s> No"
+    records[2]["conversations"].insert(0, {"from": "gpt", "value": "cat"})
+    file.write_text(json.dumps(records))
+    settings = {
+        "bad_records": log,
+        "max_bad_fraction": 0.0,
+        "shuffle": False,
+        "template": "vicuna_v1",
+        "lengths": (64,),
+    }
+    batches = list(load(file, compat_drop_mismatch=compat, **settings))
+    trained = [batch.arrays["labels"][0].max(-1) >= 0 for batch in batches]
+    assert np.concatenate(trained).tolist() == [True, not compat, *[True] * 4, False, False]
+    expected = {"set-2": "assistant_first"} | ({"set-1": "mismatch"} if compat else {})
+    assert {line["id"]: line["kind"] for line in lines(log)} == expected
+    assert {kind: n for kind, n in batches[-1].bad.items() if n} == dict.fromkeys(expected.values(), 1)
+
+
+def test_random_placement_depends_on_the_step_and_not_on_the_hosts(make_set: MakeSet, load: Any) -> None:
+    file = make_set(16)
+    settings = {"template": "vicuna_v1", "lengths": (64,), "samples": 8, "epochs": 4, "image_placement": "random"}
+    one = [arrays for _, arrays in joined(simulate(lambda **k: load(file, **settings, **k), 1))]
+    for hosts in (2, 4):
+        several = simulate(lambda **k: load(file, **settings, **k), hosts)
+        for (_, arrays), expected in zip(joined(several), one, strict=True):
+            assert all(np.array_equal(arrays[name], expected[name]) for name in expected)
+    (again,) = simulate(lambda **k: load(file, start_step=5, **settings, **k), 1)
+    assert np.array_equal(again[0].arrays["visual_index"], one[5]["visual_index"])
+    places = np.concatenate([(arrays["visual_index"][0] >= 0).argmax(-1) for arrays in one])
+    assert 0.25 < (places == places.min()).mean() < 0.75  # before the question as often as behind it
 
 
 def test_nothing_is_listed_before_it_is_delivered(faulty: Path, load: Any, tmp_path: Path) -> None:
