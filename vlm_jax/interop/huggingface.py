@@ -91,7 +91,7 @@ def open_huggingface(folder: str | os.PathLike[str], *, vision: str | None = Non
         notes.append(f"the vision tower is that of {tower}")
     if described.tied and (note := _untie(model, weights)):
         notes.append(note)
-    entries = weights.match(names(model), _shapes(model), extra=True)
+    entries = weights.match(names(model), shapes_of(model), extra=True)
     if weights.problems:
         raise UsageError(f"the weights in {place} do not fit the model of its {CONFIG}:{_listed(weights.problems)}")
     template = tell_template(_chat_template(place), raw, str(place))
@@ -132,7 +132,7 @@ def open_part(folder: str | os.PathLike[str], part: str, model: Mapping[str, Any
             weights.found[head] = weights.found[embedding]
             notes.append(f"the head of {place} is its embedding: here it becomes one of its own")
     prefixes = {tensor.hf.split(".")[0] + "." for tensor in wanted}
-    entries = weights.match(wanted, _shapes(model), extra=False, within=tuple(prefixes))
+    entries = weights.match(wanted, shapes_of(model), extra=False, within=tuple(prefixes))
     if weights.problems:
         raise UsageError(f"the weights in {place} do not fit config.model.{part}:{_listed(weights.problems)}")
     ours = model[part]
@@ -326,7 +326,7 @@ def _weight_files(place: Path) -> tuple[list[str], dict[str, str]]:
     return shards, {}
 
 
-def _shapes(model: Json | Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: Json | Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of a model, by its path; nothing is allocated."""
     bare = {**model, "lora": None}
     alone = jax.sharding.get_abstract_mesh().empty
