@@ -22,6 +22,8 @@ from vlm_jax.compat import check_versions
 from vlm_jax.config import check_resume, default_workdir, load_config, parse_command, plain, split_spec, to_json
 from vlm_jax.errors import UsageError, run_command
 
+MOVED = "moved.json"  # beside the checkpoints of a stage: what it changed
+
 
 def main(argv: Sequence[str]) -> None:
     began = time.monotonic()
@@ -212,6 +214,11 @@ class Run:
                 "stages": {s.name: _last_step(folder) for s, folder in zip(self.stages, self.folders, strict=True)},
                 "parameters": sum(math.prod(a.shape) for a in self.family.bound.abstract.values()),
                 "seconds": round(time.monotonic() - began, 1),
+                "moved": {
+                    s.name: json.loads((folder / MOVED).read_text())
+                    for s, folder in zip(self.stages, self.folders, strict=True)
+                    if (folder / MOVED).exists()  # not of a stage that was stopped just before it was written
+                },
                 **results,
             }
             _write(self.summary_file, json.dumps(summary, indent=1) + "\n")
@@ -235,6 +242,8 @@ class Run:
         from vlm_jax.training.checkpoint import Checkpoints
         from vlm_jax.training.loop import StageRun, run_stage
         from vlm_jax.training.optimizer import group_table, learning_rates
+        from vlm_jax.training.report import as_json, compare
+        from vlm_jax.training.report import table as moved_table
         from vlm_jax.training.state import init_state, make_train_step
 
         config, stage, loader, family = self.config, self.stages[number], self.loaders[number], self.family
@@ -256,7 +265,7 @@ class Run:
         if latest is None:
             assert params is not None
             state = jax.jit(begin, donate_argnums=0)(params)
-            checkpoints.save_frozen(state)
+            checkpoints.save_start(state)
         else:
             state = checkpoints.restore(latest, jax.eval_shape(begin, family.bound.abstract))
         writer.say(f"\nstage {stage.name}: {loader.num_samples:,} samples, {loader.steps:,} steps of {stage.samples}")
@@ -287,10 +296,16 @@ class Run:
             save_every=config.checkpoint.every,
         )
         state = run_stage(run, state, checkpoints, writer, stop)
-        checkpoints.close()
         if traces:
             writer.say(f"stage {stage.name} done: the train step was compiled {len(traces)} time(s)")
-        return _evaluated(state)
+        result, trained = _evaluated(state), state.trained
+        del state  # the optimizer's makes room for the weights of the start
+        moved = compare(checkpoints.start(trained), trained)
+        checkpoints.close()
+        writer.say(moved_table(moved, {p: a for p, a in family.bound.abstract.items() if p not in trained}))
+        if jax.process_index() == 0:
+            _write(self.folders[number] / MOVED, json.dumps(as_json(moved)))
+        return result
 
     @functools.cached_property
     def _weigh(self) -> Any:
