@@ -11,9 +11,10 @@ import jax
 from vlm_jax.errors import UsageError
 from vlm_jax.families import make_family
 from vlm_jax.inference.vlm import VLM
-from vlm_jax.interop.checkpoint import image_token_id, open_checkpoint, tokenizer_folder
+from vlm_jax.interop.checkpoint import open_checkpoint
 from vlm_jax.interop.layout import MODEL, find_model
 from vlm_jax.interop.native import load_entries, save_model
+from vlm_jax.interop.tokenizers import has_tokenizer, image_token_id, open_tokenizer
 from vlm_jax.sharding import make_mesh
 
 __all__ = ["MODEL", "find_model", "load", "open_tokenizer", "save"]
@@ -50,29 +51,8 @@ def load(path: str | os.PathLike[str], *, dtype: str = "float32", template: str 
             template=template,
             images=images,
             image_placement=placement,
-            image_token_id=image_token_id(found),
+            image_token_id=image_token_id(found, tokenizer),
         )
-
-
-def has_tokenizer(folder: str) -> bool:
-    return any(
-        os.path.exists(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
-    )
-
-
-def open_tokenizer(path: str) -> Any:
-    """The tokenizer of a model (any path that `load` takes) or of a folder; no code of the repository is run."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # such as that torch is not installed
-    from transformers import AutoTokenizer
-
-    if not os.path.isdir(path) and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
-        raise UsageError(f"no tokenizer at {path}: the folder does not exist; correct --config.tokenizer")
-    folder = tokenizer_folder(path)
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise UsageError(f"no tokenizer at {path}: {first}; give --config.tokenizer=FOLDER or a hub id") from error
 
 
 def save(

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from vlm_jax.errors import UsageError
-from vlm_jax.interop.hf_config import WHOLE, Json
+from vlm_jax.interop.hf_config import Json
 from vlm_jax.interop.hub import local_folder
-from vlm_jax.interop.huggingface import TOKENIZER_FILES, Checkpoint, describe_huggingface, open_huggingface, read_json
-from vlm_jax.interop.layout import CARRIED, CONFIG, EXTRA, HF_CONFIG, MODEL, find_model, is_foreign, read_config
+from vlm_jax.interop.huggingface import TOKENIZER_FILES, Checkpoint, describe_huggingface, open_huggingface
+from vlm_jax.interop.layout import CARRIED, CONFIG, EXTRA, find_model, is_foreign, read_config
 from vlm_jax.interop.native import open_entries
 from vlm_jax.interop.weights import open_safetensors
 
@@ -54,19 +54,3 @@ def open_checkpoint(path: str | os.PathLike[str], *, vision: str | None = None) 
         files={name: place / name for name in travelling if (place / name).is_file()},
         problems=problems,
     )
-
-
-def tokenizer_folder(path: str | os.PathLike[str]) -> str:
-    """Where the tokenizer of the model at `path` is; a folder that is no model may hold one as well."""
-    folder = os.path.expanduser(local_folder(path, weights=False))
-    inner = os.path.join(folder, MODEL)
-    return inner if os.path.exists(os.path.join(inner, CONFIG)) else folder
-
-
-def image_token_id(found: Checkpoint) -> int:
-    """The token that stands for an image in Hugging Face's ids: that of the imported config; otherwise the tokenizer's
-    `<image>`, or the one that export would add, the first after the vocabulary."""
-    raw = read_json(found.files[HF_CONFIG]) if HF_CONFIG in found.files else {}
-    if raw.get("model_type") in WHOLE and "text_config" in raw:
-        return int(raw.get("image_token_index") or raw.get("image_token_id") or 32_000)
-    return int(found.config["model"]["decoder"]["vocab_size"])

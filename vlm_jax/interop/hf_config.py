@@ -10,10 +10,9 @@ import ast
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vlm_jax.data.templates import TEMPLATES
 from vlm_jax.errors import UsageError
 from vlm_jax.models import presets
 
@@ -69,7 +68,7 @@ def describe(
     """
     model_type = str(raw.get("model_type"))
     try:
-        if _is_original(raw):
+        if is_original(raw):
             return _original(raw, where, processor, tower, tower_layers)
         if model_type in WHOLE:
             return _whole(raw, where, processor)
@@ -87,7 +86,7 @@ def describe(
     raise UsageError(f"{where} says model_type {raw.get('model_type')!r}; what can be read is {known}")
 
 
-def _is_original(raw: Json) -> bool:
+def is_original(raw: Json) -> bool:
     """LLaVA's own file: that of its decoder with more keys, `mm_...`. Files on the hub may hold such keys as well."""
     return "text_config" not in raw and any(key.startswith("mm_") for key in raw)
 
@@ -339,15 +338,18 @@ def _pinpoints(value: Any, size: int, where: str) -> tuple[tuple[int, int], ...]
 
 # ----------------------------------------------------------------------------------------------------------- templates
 
-# (what a chat template or a name must hold, our template), the first that fits
+# (what a chat template and the type of the decoder, or a name, must hold; our template), the first that fits
 CHAT_TEMPLATES = (
+    (("[INST]", "mistral"), "mistral_instruct"),
     (("<<SYS>>",), "llava_llama_2"),
     (("[INST]",), "mistral_instruct"),
+    (("<|im_start|>", "qwen"), "qwen_1_5"),
     (("<|im_start|>",), "chatml_direct"),
-    (("USER", "ASSISTANT"), "vicuna_v1"),
-    ((".upper() + ': '",), "vicuna_v1"),
+    (("a chat between a curious human",), "llava_v1"),
+    (("a chat between a curious user",), "vicuna_v1"),
+    (("user:", "assistant:"), "vicuna_v1_hf"),
+    ((".upper() + ': '",), "vicuna_v1_hf"),
 )
-# as llava/eval/run_llava.py tells them by the model's name
 NAMES = (
     (("llama-2",), "llava_llama_2"),
     (("mistral",), "mistral_instruct"),
@@ -360,9 +362,12 @@ NAMES = (
 
 
 def tell_template(chat_template: str | None, raw: Json, folder: str) -> str | None:
-    """The name of our template that a checkpoint was trained with, None where it cannot be told."""
-    name = " ".join([folder, str(raw.get("_name_or_path")), str(raw.get("model_type"))]).lower()
-    rules = CHAT_TEMPLATES if chat_template else NAMES
-    text = chat_template or name
-    found = next((template for needles, template in rules if all(needle in text for needle in needles)), None)
-    return found if found in TEMPLATES else None
+    """The template that a checkpoint is talked to with, by its chat template or else its name; None where neither
+    tells."""
+    decoder = raw.get("text_config") or raw
+    text = f"{folder} {raw.get('_name_or_path')} {raw.get('model_type')}"
+    rules: Sequence[tuple[tuple[str, ...], str]] = NAMES
+    if chat_template:
+        text, rules = f"{chat_template} {decoder.get('model_type')}", CHAT_TEMPLATES
+    text = text.lower().replace("[inst]", "[INST]").replace("<<sys>>", "<<SYS>>")
+    return next((name for needles, name in rules if all(needle in text for needle in needles)), None)
