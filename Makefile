@@ -54,8 +54,8 @@ format: venv-test ## let ruff mend what it can
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
-goldens: venv-test ## rewrite tests/goldens, the resolved form of every config, after a change that is meant
-	@$(RUN) tests/test_recipes.py
+goldens: venv-test ## rewrite tests/goldens (every config resolved) and the guide's tables, after a change that is meant
+	@$(RUN) tests/test_recipes.py && $(RUN) tests/test_coming_from.py
 
 systems: ## the table of systems, from docs/systems.json, printed and put into README.md
 	@$(PYTHON) docs/print_systems.py --write README.md

@@ -58,6 +58,7 @@ def clip_vit(**sizes: Any) -> Settings:
     settings = {
         "activation": "quick_gelu",
         "class_token": True,
+        "keep_class_token": False,
         "pre_norm": True,
         "patch_bias": False,
         "post_norm": False,
