@@ -22,7 +22,8 @@ ROWS = [row for rows in TABLES.values() for row in rows]
 # The fields of LLaVA's argument classes (llava/train/train.py).
 LLAVA = """
 model_name_or_path version freeze_backbone tune_mm_mlp_adapter vision_tower mm_vision_select_layer
-pretrain_mm_mlp_adapter mm_projector_type mm_use_im_start_end mm_use_im_patch_token mm_patch_merge_type mm_vision_select_feature
+pretrain_mm_mlp_adapter mm_projector_type mm_use_im_start_end mm_use_im_patch_token mm_patch_merge_type
+mm_vision_select_feature
 data_path lazy_preprocess is_multimodal image_folder image_aspect_ratio
 cache_dir optim remove_unused_columns freeze_mm_mlp_adapter mpt_attn_impl model_max_length double_quant quant_type bits
 lora_enable lora_r lora_alpha lora_dropout lora_weight_path lora_bias mm_projector_lr group_by_modality_length
