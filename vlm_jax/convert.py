@@ -39,20 +39,21 @@ def main(argv: Sequence[str]) -> None:
         get_template(given.template)
     check_versions()
 
-    from vlm_jax.interop.transfer import export_model, import_model
+    from vlm_jax.interop.hub import model_card, push
+    from vlm_jax.interop.transfer import export_adapter, export_model, import_model
 
-    began = time.monotonic()
+    began, base = time.monotonic(), given.base
     if given.direction == "import":
-        found = import_model(given.source, given.target, template=given.template, vision=given.vision)
+        found = import_model(given.source, given.target, template=given.template, vision=given.vision, base=base)
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)
+    elif given.format == "adapter":
+        base = export_adapter(given.source, given.target, base=base)
     else:
         export_model(given.source, given.target, layout=given.format)
-        if given.push is not None:
-            from vlm_jax.interop.hub import model_card, push
-
-            print(push(given.target, given.push, card=model_card(given.push, format=given.format)))
     print(f"{given.target} is written ({time.monotonic() - began:.0f} s)", file=sys.stderr)
+    if given.push is not None:
+        print(push(given.target, given.push, card=model_card(given.push, format=given.format, base_model=base)))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ class Run:
         from vlm_jax.data import open_source
         from vlm_jax.data.sources import resolve
         from vlm_jax.families import dtype_of, make_family
-        from vlm_jax.inference.load import find_model, open_tokenizer
+        from vlm_jax.inference.load import open_tokenizer
+        from vlm_jax.interop.starting import open_start
         from vlm_jax.recipe import stages
 
         self.config, self.workdir = config, workdir
@@ -68,10 +69,11 @@ class Run:
         self.stages = stages(config)
         self.images = [self.family.images(stage.images) for stage in self.stages]
         self.folders = [workdir / "checkpoints" / f"{i}-{stage.name}" for i, stage in enumerate(self.stages)]
-        self.init_from = find_model(config.init_from) if config.init_from else None
-        if not config.tokenizer and self.init_from is None:
+        model = plain(config.model)
+        self.start = open_start(config.init_from, plain(config.parts), model, self.family.bound.abstract)
+        tokenizer = config.tokenizer or config.init_from or config.parts.decoder
+        if not tokenizer:
             raise UsageError("the config names no tokenizer: give --config.tokenizer=FOLDER or a hub id")
-        tokenizer = config.tokenizer or str(self.init_from)
         self.tokenizer = open_tokenizer(str(resolve(tokenizer)[0]) if _is_local(tokenizer) else tokenizer)
         if len(self.tokenizer) > self.family.vocab_size:
             raise UsageError(
@@ -198,6 +200,8 @@ class Run:
             wandb=config.log.wandb,
             config=plain(config),
         ) as writer:
+            for note in self.start.notes if self.start else ():
+                writer.say(f"note: {note}")
             for number, stage in enumerate(self.stages):
                 if begun and number < begun[-1]:
                     writer.say(f"stage {stage.name} is done, with {_last_step(self.folders[number]):,} steps")
@@ -225,15 +229,11 @@ class Run:
             self._report(summary)
 
     def _initial_params(self) -> dict[str, Any]:
-        from vlm_jax.interop.native import load_params, read_config
-
-        abstract = self.family.bound.abstract
-        params = self.family.bound.init(self.config.seed)
-        if self.init_from is None:
-            return params
-        # A base without adapters may be given adapters; they start from zero.
-        fresh = {} if read_config(str(self.init_from))["model"]["lora"] else {p for p in abstract if "/lora_" in p}
-        return params | load_params(str(self.init_from), {p: a for p, a in abstract.items() if p not in fresh})
+        bound, seed = self.family.bound, self.config.seed
+        if self.start is None:
+            return bound.init(seed)
+        loaded = self.start.load()
+        return bound.init(seed, bound.abstract.keys() - loaded.keys()) | loaded
 
     def _run_stage(self, number: int, params: dict[str, Any] | None, writer: Any, stop: Any) -> dict[str, Any]:
         """Trains a stage from `params`, or from its newest checkpoint, and returns what it ends with."""
@@ -426,6 +426,8 @@ class Run:
             template=self.stages[number].template,
             image_placement=self.stages[number].image_placement,
             tokenizer=self.tokenizer,
+            extra=self.start.extra if self.start else {},
+            files=self.start.files if self.start else {},
         )
 
     def _report(self, summary: Mapping[str, Any]) -> None:

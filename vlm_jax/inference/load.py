@@ -64,12 +64,15 @@ def save(
     template: str,
     image_placement: str = "first",
     tokenizer: Any,
+    extra: Mapping[str, Any] | None = None,
+    files: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes what `load` opens. Every process calls it; the first writes."""
+    """Writes what `load` opens; `extra` and `files` are carried along (`save_model`). Every process calls it; the first
+    writes."""
     config = {
         "model": dict(model),
         "images": dict(images),
         "template": template,
         "image_placement": image_placement,
     }
-    save_model(str(folder), params, config, tokenizer=tokenizer)
+    save_model(str(folder), params, config, tokenizer=tokenizer, extra=extra, files=files)

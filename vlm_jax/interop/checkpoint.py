@@ -10,6 +10,7 @@ from vlm_jax.interop.hf_config import Json
 from vlm_jax.interop.hub import local_folder
 from vlm_jax.interop.huggingface import TOKENIZER_FILES, Checkpoint, describe_huggingface, open_huggingface
 from vlm_jax.interop.layout import CARRIED, CONFIG, EXTRA, find_model, is_foreign, read_config
+from vlm_jax.interop.llava_artefacts import is_artefact, open_artefact
 from vlm_jax.interop.native import open_entries
 from vlm_jax.interop.weights import open_safetensors
 
@@ -26,17 +27,24 @@ def locate(path: str | os.PathLike[str]) -> tuple[str, bool]:
 
 def describe_model(path: str | os.PathLike[str]) -> Json:
     """`model`, `images` and `template` of the model at `path`; its weights are not read."""
-    folder, ours = locate(path)
+    folder = os.path.expanduser(local_folder(path))
+    if is_artefact(folder):
+        return open_checkpoint(folder).config
+    folder, ours = locate(folder)
     return read_config(folder) if ours else describe_huggingface(folder)
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, vision: str | None = None) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, vision: str | None = None, base: str | None = None) -> Checkpoint:
     """The model at `path`, its tensors ready to be read.
 
     vision: where the vision tower is, for an original LLaVA that does not hold it.
+    base: the model that an adapter or a connector alone belongs to, where it does not name it or it is elsewhere.
     Raises UsageError when there is none, or when it is not what it says.
     """
-    folder, ours = locate(path)
+    folder = os.path.expanduser(local_folder(path))
+    if is_artefact(folder):
+        return open_artefact(folder, whole=lambda path: open_checkpoint(path, vision=vision), base=base, vision=vision)
+    folder, ours = locate(folder)
     if not ours:
         return open_huggingface(folder, vision=vision)
     place = Path(folder)

@@ -183,7 +183,7 @@ def llava_config(model: Mapping[str, Any], images: Mapping[str, Any], base: Json
     if vision.get("post_norm"):
         raise UsageError("LLaVA does not apply the last norm of a tower (vision.post_norm): export is not possible")
     kind = {"mistral": "mistral", "qwen2": "qwen", "qwen3": "qwen3"}.get(decoder["model_type"], "llama")
-    described = tower_config(vision, base.get("vision_config") or {})
+    described = llava_tower(vision, base.get("vision_config") or {})
     name = next((name for name, known in KNOWN_TOWERS.items() if _is_tower(known, described)), None)
     tower: Json = {"mm_vision_tower": name} if name else {"mm_vision_tower": None, "vision_config": described}
     anyres = images["mode"] == "anyres"
@@ -196,7 +196,7 @@ def llava_config(model: Mapping[str, Any], images: Mapping[str, Any], base: Json
         **tower,
         "mm_hidden_size": vision["hidden_size"],
         "mm_projector_type": model["connector"],
-        "mm_vision_select_layer": vision["feature_layer"],
+        "mm_vision_select_layer": -2 if described["model_type"] == "siglip_vision_model" else vision["feature_layer"],
         "mm_vision_select_feature": "cls_patch" if vision.get("keep_class_token") else "patch",
         "mm_patch_merge_type": images.get("merge") or "flat",
         "mm_use_im_start_end": False,
@@ -207,11 +207,20 @@ def llava_config(model: Mapping[str, Any], images: Mapping[str, Any], base: Json
     }
 
 
+def llava_tower(vision: Mapping[str, Any], base: Json) -> Json:
+    """The tower as LLaVA is told of it. Of a SigLIP tower LLaVA-NeXT deletes the last layer and takes what is then
+    last, so that there is one layer more than we have where ours ends with it."""
+    described = tower_config(vision, base)
+    if described["model_type"] == "siglip_vision_model":
+        if vision["feature_layer"] not in (-1, -2):
+            raise UsageError(f"LLaVA takes the features of a SigLIP tower at layer -2, not {vision['feature_layer']}")
+        described["num_hidden_layers"] += vision["feature_layer"] == -1
+    return described
+
+
 def _is_tower(known: Json, described: Json) -> bool:
-    """Whether these are the sizes of a tower that LLaVA names, which may lack the layer that LLaVA-NeXT deletes."""
-    layers = known["num_hidden_layers"], known["num_hidden_layers"] - (known["model_type"] == "siglip_vision_model")
-    keys = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "image_size")
-    return described["num_hidden_layers"] in layers and all(described[key] == known[key] for key in keys)
+    """Whether these are the sizes of a tower that LLaVA names."""
+    return all(described[key] == value for key, value in known.items() if key != "projection_dim")
 
 
 # ---------------------------------------------------------------------------------------------------------- processors

@@ -24,6 +24,8 @@ from vlm_jax.interop.hub import local_folder
 from vlm_jax.interop.layout import CONFIG, HF_CONFIG
 from vlm_jax.interop.tables import FORMS, Tensor, canonical, carried, ignored, names, part_names
 from vlm_jax.interop.weights import Index, Lazy, open_safetensors, open_torch
+from vlm_jax.models.llava import LlavaConfig
+from vlm_jax.models.schema import from_dict
 from vlm_jax.sharding import make_mesh
 
 # Beside the weights: what the tokenizer needs, and what is given back by export.
@@ -39,6 +41,10 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "generation_config.json")
+
+
+# Settings that say how a LLaVA takes a part, not what the part is.
+PLACES = ("mean", "std", "feature_layer", "keep_class_token", "num_layers", "tie_embeddings", "post_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +123,7 @@ def open_part(folder: str | os.PathLike[str], part: str, model: Mapping[str, Any
     _, described, weights = _open(place, None)
     if part not in described.model:
         raise UsageError(f"{place} holds no {part} (its model_type is of a {', '.join(described.model)})")
-    settings = dict(described.model[part])
+    settings = described.model[part]
     wanted, notes = part_names(model, part), []
     if part == "vision":
         count = model["vision"]["num_layers"]
@@ -127,7 +133,7 @@ def open_part(folder: str | os.PathLike[str], part: str, model: Mapping[str, Any
         weights.drop(above)
     head, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
     if part == "decoder" and described.tied:
-        note = _untie({"decoder": settings}, weights)
+        note = _untie({"decoder": dict(settings)}, weights)
         if note is None and head not in weights.found and not model["decoder"]["tie_embeddings"]:
             weights.found[head] = weights.found[embedding]
             notes.append(f"the head of {place} is its embedding: here it becomes one of its own")
@@ -135,12 +141,21 @@ def open_part(folder: str | os.PathLike[str], part: str, model: Mapping[str, Any
     entries = weights.match(wanted, shapes_of(model), extra=False, within=tuple(prefixes))
     if weights.problems:
         raise UsageError(f"the weights in {place} do not fit config.model.{part}:{_listed(weights.problems)}")
-    ours = model[part]
-    for key in sorted(set(settings) & set(ours) - {"mean", "std", "feature_layer", "keep_class_token", "num_layers"}):
-        if settings[key] != ours[key] and not (part == "decoder" and key == "tie_embeddings"):
-            notes.append(f"config.model.{part}.{key} is {ours[key]!r}, that of {place} is {settings[key]!r}")
+    notes += differences({part: model[part]}, {part: settings}, str(place))
     extra = {hf: lazy for hf, (_, lazy) in weights.found.items() if part == "vision" and carried(hf)}
     return Part(entries, extra, tuple(notes))
+
+
+def differences(model: Mapping[str, Any], found: Mapping[str, Any], where: str) -> list[str]:
+    """What `model`, the settings of a run, computes otherwise with weights than the model at `where` does."""
+    notes = []
+    for part in sorted({"vision", "decoder"} & set(model) & set(found)):
+        for key in sorted(set(found[part]) & set(model[part])):
+            ours, theirs = model[part][key], found[part][key]
+            if key in PLACES or json.dumps(ours) == json.dumps(theirs):
+                continue
+            notes.append(f"config.model.{part}.{key} is {ours!r}, but {where} has {theirs!r}")
+    return notes
 
 
 def describe_huggingface(folder: str | os.PathLike[str]) -> Json:
@@ -324,6 +339,12 @@ def _weight_files(place: Path) -> tuple[list[str], dict[str, str]]:
     if not shards:
         raise UsageError(f"{place} holds no weights (model.safetensors, pytorch_model.bin, or shards with their index)")
     return shards, {}
+
+
+def normal(model: Mapping[str, Any]) -> Json:
+    """The settings of a model with every default filled in, so that two of them can be compared."""
+    settings = {key: value for key, value in model.items() if key != "family"}
+    return {"family": "llava", **dataclasses.asdict(from_dict(LlavaConfig, settings, "config.model"))}
 
 
 def shapes_of(model: Json | Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -31,6 +31,7 @@ from vlm_jax.interop.layout import CARRIED, CONFIG, EXTRA, FORMAT, INDEX, PARTIA
 from vlm_jax.interop.weights import Lazy, open_safetensors, write_safetensors, write_shards
 
 __all__ = [
+    "check_entries",
     "entries",
     "load_entries",
     "load_params",
@@ -59,13 +60,14 @@ def save_model(
     config: Mapping[str, Any],
     *,
     tokenizer: Any = None,
-    carried: str | os.PathLike[str] | None = None,
+    extra: Mapping[str, Lazy] | None = None,
+    files: Mapping[str, str | os.PathLike[str]] | None = None,
     shard_bytes: int = 4 << 30,
 ) -> None:
     """Writes weights, `config.json` and the tokenizer's files. Process 0 writes, every process must call.
 
     A model that was there before stays until the new one is wholly written; other files in the folder stay.
-    carried: the folder of a model of ours whose CARRIED files travel on.
+    extra, files: what an imported model carries along, the tensors of EXTRA and copies of files by their names.
     """
     folder = epath.Path(directory)
     writer = jax.process_index() == 0
@@ -76,9 +78,10 @@ def save_model(
         partial.mkdir(parents=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
-        for name in CARRIED if carried is not None else ():
-            if (epath.Path(carried) / name).exists():
-                (epath.Path(carried) / name).copy(partial / name)
+        for name, file in (files or {}).items():
+            epath.Path(file).copy(partial / name)
+        if extra:
+            write_safetensors(partial / EXTRA, extra, format=FORMAT)
         (partial / CONFIG).write_text(json.dumps({"format": FORMAT, **config}, indent=1))
     sizes = {path: int(np.prod(a.shape)) * a.dtype.itemsize for path, a in params.items()}
     shards: list[list[str]] = [[]]
@@ -186,13 +189,14 @@ def open_entries(directory: str | os.PathLike[str]) -> tuple[dict[str, Lazy], di
     return found, {name: f"missing {name}, which the index places in {file}" for name, file in lost.items()}
 
 
-def load_entries(
+def check_entries(
     found: Mapping[str, Lazy],
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     where: str,
     known: Mapping[str, str],
-) -> dict[str, jax.Array]:
-    """As `load_params`, from tensors by their names on disk. `known`: what is wrong with some, as it is to be told."""
+) -> None:
+    """Raises UsageError that lists every missing, left-over and misshapen tensor, by their names on disk; `known` is
+    what to tell of some."""
     problems = []
     wanted: set[str] = set()
     for path, a in abstract.items():
@@ -207,6 +211,16 @@ def load_entries(
     if problems:
         listed = "".join(f"\n  {problem}" for problem in sorted(problems))
         raise UsageError(f"the weights in {where} do not fit the model of its {CONFIG}:{listed}")
+
+
+def load_entries(
+    found: Mapping[str, Lazy],
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    where: str,
+    known: Mapping[str, str],
+) -> dict[str, jax.Array]:
+    """As `load_params`, from tensors by their names on disk."""
+    check_entries(found, abstract, where, known)
     mesh = jax.sharding.get_mesh()
 
     def load(path: str, a: jax.ShapeDtypeStruct) -> jax.Array:

@@ -21,13 +21,16 @@ from vlm_jax.interop.hf_config import WHOLE, Json, describe, is_original
 from vlm_jax.interop.hf_write import (
     hf_config,
     llava_config,
+    llava_tower,
     preprocessor_config,
     processor_config,
-    tower_config,
 )
-from vlm_jax.interop.huggingface import Checkpoint, as_theirs, image_processor, read_json, shapes_of
+from vlm_jax.interop.hub import local_folder
+from vlm_jax.interop.huggingface import Checkpoint, as_theirs, image_processor, normal, read_json, shapes_of
 from vlm_jax.interop.layout import CONFIG, HF_CONFIG, PARTIAL
+from vlm_jax.interop.llava_artefacts import is_artefact
 from vlm_jax.interop.native import write_model, written_aside
+from vlm_jax.interop.peft import write_adapter
 from vlm_jax.interop.tables import in_llava_layout, names
 from vlm_jax.interop.tokenizers import add_image_token, drop_tokens, has_tokenizer, image_token_id, open_tokenizer
 from vlm_jax.interop.weights import Lazy, held, write_shards
@@ -40,17 +43,23 @@ FROM_TEMPLATE = ("preprocessor_config.json", "processor_config.json")
 
 
 def import_model(
-    source: str, target: str | os.PathLike[str], *, template: str | None = None, vision: str | None = None
+    source: str,
+    target: str | os.PathLike[str],
+    *,
+    template: str | None = None,
+    vision: str | None = None,
+    base: str | None = None,
 ) -> Checkpoint:
-    """Writes the Hugging Face or LLaVA checkpoint at `source` as a model of ours into the folder `target`.
+    """Writes the Hugging Face or LLaVA checkpoint at `source`, or an adapter with its base, as a model of ours into the
+    folder `target`.
 
     Every tensor keeps its dtype. Raises UsageError for a target that holds something, and as `open_checkpoint`.
     """
     check_target(target)
-    folder, ours = locate(source)
-    if ours:
+    folder = os.path.expanduser(local_folder(source))
+    if not is_artefact(folder) and locate(folder)[1]:
         raise UsageError(f"{folder} is a model of ours already")
-    found = open_checkpoint(folder, vision=vision)
+    found = open_checkpoint(folder, vision=vision, base=base)
     config = {**found.config, "template": template or found.config["template"]}
     write_model(target, found.entries, config, extra=found.extra, files=found.files)
     return found
@@ -64,7 +73,7 @@ def export_model(source: str, target: str | os.PathLike[str], *, layout: str = "
     """
     check_target(target)
     found = open_checkpoint(source)
-    model, images = {**found.config["model"], "lora": None}, found.config["images"]
+    model, images = {**normal(found.config["model"]), "lora": None}, found.config["images"]
     raw = read_json(found.files[HF_CONFIG]) if HF_CONFIG in found.files else {}
     origin = "llava" if raw and is_original(raw) else "hf" if raw.get("model_type") in WHOLE else None
     as_it_came = origin == layout and _unchanged(raw, found, model, images)
@@ -101,6 +110,19 @@ def export_model(source: str, target: str | os.PathLike[str], *, layout: str = "
         write_shards(place, named, format="pt", shard_bytes=SHARD, one_file=True)
         if not as_it_came:
             (place / CONFIG).write_text(json.dumps(config, indent=2))
+
+
+def export_adapter(source: str, target: str | os.PathLike[str], *, base: str | None = None) -> str:
+    """Writes the LoRA of the model at `source` as an adapter of PEFT's for `base`, by default what its run started
+    from, and returns the name of that. Raises UsageError where there is none."""
+    check_target(target)
+    run = Path(source) / CONFIG
+    started = read_json(run).get("init_from") if run.exists() else None
+    name = base or started
+    if not isinstance(name, str):
+        raise UsageError(f"what the LoRA of {source} was trained on is not known: give --base=PATH")
+    write_adapter(target, open_checkpoint(source), open_checkpoint(name), base_name=name)
+    return name
 
 
 def check_target(target: str | os.PathLike[str]) -> None:
@@ -195,21 +217,21 @@ def _neutral(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
 
 def _unchanged(raw: Json, found: Checkpoint, model: Json, images: Json) -> bool:
     """Whether the file that was imported still says what the model is."""
-    tower = tower_config(model["vision"], {})
     try:
         described = describe(
             raw,
             HF_CONFIG,
             processor=image_processor(found.folder),
-            tower=lambda _: tower,
+            tower=lambda _: llava_tower(model["vision"], {}),
             tower_layers=model["vision"]["num_layers"],
         )
     except UsageError:
         return False
-    tied = model["decoder"]["tie_embeddings"]
-    theirs = {**described.model, "decoder": {**described.model["decoder"], "tie_embeddings": tied}}
+    theirs = normal(described.model)
+    theirs["decoder"]["tie_embeddings"] = model["decoder"]["tie_embeddings"]
+    told = {key: value for key, value in images.items() if value not in (None, ()) or key in (described.images or {})}
     plain = lambda value: json.loads(json.dumps(value))  # noqa: E731
-    return bool(plain([theirs, described.images]) == plain([model, images]))
+    return bool(plain([theirs, described.images]) == plain([model, told]))
 
 
 def _side_files(
