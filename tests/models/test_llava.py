@@ -145,6 +145,26 @@ def size(family, prefix: str, leaf: str = "kernel") -> int:
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"mode": "pad", "marge": "flat"},
+            "config.images has no setting 'marge' (did you mean 'merge'?); it has mode, ",
+        ),
+        ({"size": 336}, "config.images has no setting 'size'"),
+        ({"mode": "anyres", "pinpoints": [[16, 12]]}, "images.pinpoints has [16, 12]; give pairs of multiples of 8"),
+        ({"mode": "pad", "merge": "spatial_unpad"}, "set config.model.newline to True"),
+    ],
+)
+def test_a_mistake_in_the_images_is_one_sentence(tiny, settings: dict, says: str) -> None:
+    family = tiny.family("siglip_vit")
+    assert family.images({"mode": "pad"}).features_per_tile == tiny.PATCHES
+    with pytest.raises(UsageError) as error:
+        family.images(settings)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
 def test_flops_of_text_are_six_per_weight_and_token(tiny) -> None:
     family = tiny.family()
     rows, length = 2, 16
