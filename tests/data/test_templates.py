@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlm_jax.data import IMAGE_ID, UNTRAINED, chat_template, encode_conversation, encode_prompt, template_for
+from vlm_jax.data import (
+    IMAGE_ID,
+    UNTRAINED,
+    chat_template,
+    encode_conversation,
+    encode_prompt,
+    template_for,
+    template_of,
+)
 from vlm_jax.data.templates import ALIASES, TEMPLATES, get_template
 from vlm_jax.errors import UsageError
 
@@ -176,6 +185,7 @@ def test_the_jinja_form_renders_what_we_render(letters: Any, case: str) -> None:
     for name in TEMPLATES:
         jinja, shape = chat_template(name), get_template(name)
         assert (jinja is None) == shape.apart
+        assert jinja is None or chat_template(template_of(jinja)) == jinja
         turns = sum(message["role"] != "system" for message in chat)
         if jinja is None or (shape.one_turn and turns > 1):
             continue
@@ -186,3 +196,10 @@ def test_the_jinja_form_renders_what_we_render(letters: Any, case: str) -> None:
         if shape.prompted is None:
             rendered = letters.apply_chat_template(whole, chat_template=jinja, tokenize=False)
             assert rendered == text(letters, encode_conversation(whole, name, tokenizer=letters)["input_ids"]), name
+
+
+def test_the_page_of_templates_lists_all_of_them(repository: Path) -> None:
+    page = (repository / "docs/reference/templates.md").read_text()
+    names = dict(re.findall(r"^\| `(\w+)` \| (?:`(\w+)` )?\|", page, re.MULTILINE))
+    assert names.keys() == TEMPLATES.keys()
+    assert {also: name for name, also in names.items() if also} == ALIASES

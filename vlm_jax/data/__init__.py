@@ -4,7 +4,7 @@ record (records, formats, sources) → ids, labels (conversation, templates) and
 → its place in the run (order) → read in threads and workers (reading) → batch (loader)
 """
 
-from vlm_jax.data.chat_template import chat_template
+from vlm_jax.data.chat_template import chat_template, template_of
 from vlm_jax.data.conversation import IMAGE_ID, UNTRAINED, Prompt, encode_conversation, encode_prompt
 from vlm_jax.data.formats import parse_record
 from vlm_jax.data.images import ImageSettings, normalise, open_image, process
@@ -34,4 +34,5 @@ __all__ = [
     "process",
     "resolve",
     "template_for",
+    "template_of",
 ]

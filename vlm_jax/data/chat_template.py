@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from vlm_jax.data.formats import PLACEHOLDER
-from vlm_jax.data.templates import get_template
+from vlm_jax.data.templates import TEMPLATES, get_template
 
 # What stands for a message's content: its only image before its stripped text, as we place it by default; several
 # images where they are. A content that is one string stays as it is.
@@ -60,6 +60,11 @@ def chat_template(name: str) -> str | None:
             f"{{% if add_generation_prompt %}}{_jinja([shape.prompt])}{{% else %}}{_jinja(shape.end)}{{% endif %}}",
         ]
     )
+
+
+def template_of(jinja: str) -> str | None:
+    """The name of the template whose Jinja form this is, as models that left this house carry it; None for others'."""
+    return next((name for name in TEMPLATES if chat_template(name) == jinja.strip()), None)
 
 
 def _jinja(pieces: Iterable[str]) -> str:

@@ -94,8 +94,9 @@ def encode_prompt(
     stops = [stop for stop in (_fill(stop, tokenizer) for stop in shape.stop) if stop]
     numbers = {stop: _token(tokenizer, stop) for stop in stops}
     known = dict.fromkeys(number for number in numbers.values() if number is not None)
-    # The text of a mark of the tokenizer's own has one token; other text may be made of several.
-    strings = tuple(stop for stop in stops if numbers[stop] not in tokenizer.added_tokens_decoder)
+    # A mark of the tokenizer's own is always that one token; other text may be made of several.
+    marks = tokenizer.added_tokens_decoder
+    strings = tuple(stop for stop in stops if numbers[stop] not in marks)
     return Prompt(ids, images, tuple(known), strings)
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vlm_jax.data.chat_template import template_of
 from vlm_jax.errors import UsageError
 from vlm_jax.models import presets
 
@@ -364,6 +365,8 @@ NAMES = (
 def tell_template(chat_template: str | None, raw: Json, folder: str) -> str | None:
     """The template that a checkpoint is talked to with, by its chat template or else its name; None where neither
     tells."""
+    if chat_template and (ours := template_of(chat_template)):
+        return ours
     decoder = raw.get("text_config") or raw
     text = f"{folder} {raw.get('_name_or_path')} {raw.get('model_type')}"
     rules: Sequence[tuple[tuple[str, ...], str]] = NAMES
