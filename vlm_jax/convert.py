@@ -1,5 +1,5 @@
 """python -m vlm_jax.convert import SRC DST [--template=NAME] [--vision=PATH]
-python -m vlm_jax.convert export SRC DST [--format=hf|llava|adapter] [--push=owner/name]
+python -m vlm_jax.convert export SRC DST [--format=hf|llava|adapter] [--push=owner/name [--license=NAME]]
 
 `import` writes a Hugging Face or LLaVA checkpoint (a folder, or a hub id owner/name[@revision]) as a model of ours.
 `export` writes a workdir or a model of ours for transformers (hf) or LLaVA with LoRA merged, or its LoRA for PEFT.
@@ -21,11 +21,12 @@ WORDS = {"direction": "import or export", "source": "the model to convert", "tar
 FLAGS = {
     "format": (("hf", "llava", "adapter"), "hf", "of an export: transformers, the original LLaVA, or PEFT"),
     "push": (str, None, "of an export: where it goes on the hub, owner/name"),
+    "license": (str, None, "of a push: what the model card says, such as apache-2.0"),
     "base": (str, None, "of an adapter: the model that it is trained on, if it does not tell"),
     "template": (str, None, "of an import: the conversation template, if the checkpoint does not tell"),
     "vision": (str, None, "of an import: the vision tower, if the checkpoint names it and does not hold it"),
 }
-OWN = {"import": ("template", "vision", "base"), "export": ("format", "push", "base")}
+OWN = {"import": ("template", "vision", "base"), "export": ("format", "push", "license", "base")}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
         get_template(given.template)
     check_versions()
 
-    from vlm_jax.interop.hub import model_card, push
+    from vlm_jax.interop.hub import model_card, origin, push
     from vlm_jax.interop.transfer import export_adapter, export_model, import_model
 
     began, base = time.monotonic(), given.base
@@ -53,7 +54,8 @@ def main(argv: Sequence[str]) -> None:
         export_model(given.source, given.target, layout=given.format)
     print(f"{given.target} is written ({time.monotonic() - began:.0f} s)", file=sys.stderr)
     if given.push is not None:
-        print(push(given.target, given.push, card=model_card(given.push, format=given.format, base_model=base)))
+        told = origin(given.source, base) | {"format": given.format, "license": given.license}
+        print(push(given.target, given.push, card=model_card(given.push, **told)))
 
 
 if __name__ == "__main__":

@@ -282,9 +282,7 @@ def test_a_push_is_one_commit_without_what_was_not_made_by_it(server: Hub, tmp_p
     for name, content in MODEL.items():
         if "/" not in name:
             (folder / name).write_bytes(content)
-    card = hub.model_card(
-        "me/mine", format="hf", base_model="someone/model", recipe="python -m x", license="apache-2.0"
-    )
+    card = hub.model_card("me/mine", format="hf", base_models=["someone/model"], license="mit")
     assert hub.push(folder, "me/mine", card=card) == f"{server.url}/me/mine"
     there = server.repos["me/mine"]["main"]
     assert {k: v for k, v in there.items() if k != "README.md"} == {name: MODEL[name] for name in WANTED}
@@ -314,15 +312,20 @@ def test_a_push_without_the_right_is_one_line(server: Hub, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("format", ["hf", "llava", "adapter"])
-def test_the_card_says_where_a_model_is_from_and_how_to_load_it(format: str) -> None:
+def test_the_card_says_where_a_model_is_from_and_how_to_load_it(tmp_path: Path, format: str) -> None:
     from huggingface_hub import ModelCard
 
-    full = hub.model_card(
-        "me/mine", format=format, base_model="some/base", recipe="python -m vlm_jax.train", license="mit"
-    )
+    groups = [["vision/.*", None], [".*", 1.0]]
+    stage = {"name": "finetune", "samples": 128, "lr": 2e-5, "schedule": "cosine", "template": "v1", "groups": groups}
+    run = {"init_from": None, "parts": {"decoder": "some/llm", "vision": str(tmp_path)}, "stages": [stage], "model": {}}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    told = hub.origin(tmp_path)
+    assert told["base_models"] == ["some/llm"], "a path of this machine is told to the world"
+    assert hub.origin(tmp_path / "none", "some/base")["base_models"] == ["some/base"]
+    full = hub.model_card("me/mine", format=format, license="mit", **told)
     data = ModelCard(full).data
-    assert (data.base_model, data.license, data.pipeline_tag) == ("some/base", "mit", "image-text-to-text")
+    assert (data.base_model, data.license, data.pipeline_tag) == (["some/llm"], "mit", "image-text-to-text")
     assert data.library_name == ("peft" if format == "adapter" else "transformers")
-    assert "python -m vlm_jax.train" in full and '"me/mine"' in full
+    assert "128 samples a step, learning rate 2e-05 (cosine; `vision/.*` frozen, `.*` × 1)" in full and '"me/mine"' in full
     bare = hub.model_card("me/mine", format=format)
     assert ModelCard(bare).data.license == "other" and "not stated" in bare

@@ -13,13 +13,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm_jax.errors import UsageError
 
-__all__ = ["fetch", "is_hub_id", "local_folder", "model_card", "push"]
+__all__ = ["fetch", "is_hub_id", "local_folder", "model_card", "origin", "push"]
 
 _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 
@@ -185,18 +185,40 @@ model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{
 }
 
 
+def origin(source: str | os.PathLike[str], base: str | None = None) -> dict[str, Any]:
+    """`base_models` and `recipe` of a model card, as the workdir `source` tells them; local paths stay here."""
+    file = Path(source) / "config.json"
+    run = json.loads(file.read_text()) if file.exists() else {}
+    parts = run.get("parts") or {}
+    started = [base] if base else [run.get("init_from"), parts.get("decoder"), parts.get("vision")]
+    lines = [
+        f"- stage `{stage['name']}`: {stage['samples']} samples a step, learning rate {stage['lr']:g} "
+        f"({stage['schedule']}; {', '.join(_rate(*group) for group in stage['groups'])}), "
+        f"template `{stage['template']}`"
+        for stage in run.get("stages") or ()
+    ]
+    lora = (run.get("model") or {}).get("lora")
+    if lora:
+        lines.append(f"- LoRA of rank {lora['rank']}, alpha {lora['alpha']:g}, on `{lora['targets']}`")
+    return {"base_models": [name for name in started if name and is_hub_id(name)], "recipe": "\n".join(lines) or None}
+
+
+def _rate(path: str, rate: float | None) -> str:
+    return f"`{path}` {'frozen' if rate is None else f'× {rate:g}'}"
+
+
 def model_card(
     repo: str,
     *,
     format: str,
-    base_model: str | None = None,
+    base_models: Sequence[str] = (),
     recipe: str | None = None,
     license: str | None = None,
 ) -> str:
     """The text of README.md for `repo`: what the model was made from and how, its licence, and how to load it.
 
-    format: `hf`, `llava` or `adapter`, as it was exported. recipe: the command that trained it. What is None is said to
-    be unstated, so that its author can add it.
+    format: `hf`, `llava` or `adapter`, as it was exported. recipe: how it was trained, in Markdown. What is not given
+    is said to be unstated, so that its author can add it.
     """
     name = repo.split("/")[-1]
     meta: dict[str, Any] = {
@@ -205,13 +227,14 @@ def model_card(
         "pipeline_tag": "image-text-to-text",
         "tags": ["vlm_jax", *(["lora"] if format == "adapter" else [])],
     }
-    if base_model:
-        meta["base_model"] = base_model
+    if base_models:
+        meta["base_model"] = list(base_models)
     head = "\n".join(f"{key}: {json.dumps(value)}" for key, value in meta.items())
-    origin = f"Made from `{base_model}`" if base_model else "What it was made from is not stated"
-    how = f" with\n\n```\n{recipe}\n```\n" if recipe else "; with which recipe is not stated.\n"
+    made_from = " and ".join(f"`{name}`" for name in base_models)
+    start = f"Made from {made_from}" if made_from else "What it was made from is not stated"
+    how = f" by vlm_jax:\n\n{recipe}\n" if recipe else "; with which recipe is not stated.\n"
     rights = f"The licence is {license}." if license else "The licence is not stated: its author should name it above."
-    load = _HOW[format].format(repo=repo, name=name, base=base_model or "BASE")
+    load = _HOW[format].format(repo=repo, name=name, base=next(iter(base_models), "BASE"))
     ours = (
         ""
         if format == "adapter"
@@ -232,7 +255,7 @@ print(vlm_jax.load("{repo}").generate("What is this?", images=[Image.open("photo
 
 # {name}
 
-{origin}{how}
+{start}{how}
 {rights} The terms of the model that it was made from hold too.
 
 ```python
