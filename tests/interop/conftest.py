@@ -151,6 +151,7 @@ def hf() -> types.SimpleNamespace:
         vision=VISION,
         PINPOINTS=PINPOINTS,
         IMAGE_TOKEN=IMAGE_TOKEN,
+        no_tokenizer=types.SimpleNamespace(save_pretrained=lambda folder: None),
     )
 
 

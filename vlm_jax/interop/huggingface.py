@@ -100,7 +100,7 @@ def open_huggingface(folder: str | os.PathLike[str], *, vision: str | None = Non
     entries = weights.match(names(model), shapes_of(model), extra=True)
     if weights.problems:
         raise UsageError(f"the weights in {place} do not fit the model of its {CONFIG}:{_listed(weights.problems)}")
-    template = tell_template(_chat_template(place), raw, str(place))
+    template = tell_template(read_chat_template(place), raw, str(place))
     if template is None:
         notes.append("its conversation template cannot be told: where one is needed, give --template=NAME")
     files = {name: place / name for name in (*TOKENIZER_FILES, *PROCESSOR_FILES) if (place / name).is_file()}
@@ -137,6 +137,8 @@ def open_part(folder: str | os.PathLike[str], part: str, model: Mapping[str, Any
         if note is None and head not in weights.found and not model["decoder"]["tie_embeddings"]:
             weights.found[head] = weights.found[embedding]
             notes.append(f"the head of {place} is its embedding: here it becomes one of its own")
+    if part == "decoder" and embedding in weights.found:
+        check_vocabulary(weights.found[embedding][1].shape[0], model, str(place))
     prefixes = {tensor.hf.split(".")[0] + "." for tensor in wanted}
     entries = weights.match(wanted, shapes_of(model), extra=False, within=tuple(prefixes))
     if weights.problems:
@@ -144,6 +146,16 @@ def open_part(folder: str | os.PathLike[str], part: str, model: Mapping[str, Any
     notes += differences({part: model[part]}, {part: settings}, str(place))
     extra = {hf: lazy for hf, (_, lazy) in weights.found.items() if part == "vision" and carried(hf)}
     return Part(entries, extra, tuple(notes))
+
+
+def check_vocabulary(rows: int, model: Mapping[str, Any], where: str) -> None:
+    """Raises UsageError where the embedding of a run has other rows than the one that it starts from."""
+    expected = model["decoder"]["vocab_size"]
+    if rows != expected:
+        raise UsageError(
+            f"the embedding in {where} has {rows} rows, config.model.decoder.vocab_size is {expected}: set "
+            f"--config.model.decoder.vocab_size={rows}"
+        )
 
 
 def differences(model: Mapping[str, Any], found: Mapping[str, Any], where: str) -> list[str]:
@@ -165,7 +177,7 @@ def describe_huggingface(folder: str | os.PathLike[str]) -> Json:
     return {
         "model": described.model,
         "images": described.images,
-        "template": tell_template(_chat_template(place), raw, str(place)),
+        "template": tell_template(read_chat_template(place), raw, str(place)),
     }
 
 
@@ -386,7 +398,7 @@ def image_processor(place: Path) -> Json:
     return {}
 
 
-def _chat_template(place: Path) -> str | None:
+def read_chat_template(place: Path) -> str | None:
     """The chat template of a checkpoint, wherever its version of transformers put it."""
     if (place / "chat_template.jinja").exists():
         return (place / "chat_template.jinja").read_text()

@@ -13,7 +13,7 @@ import jax
 from vlm_jax.errors import UsageError
 from vlm_jax.interop.checkpoint import open_checkpoint
 from vlm_jax.interop.hub import local_folder
-from vlm_jax.interop.huggingface import differences, normal, open_part
+from vlm_jax.interop.huggingface import check_vocabulary, differences, normal, open_part
 from vlm_jax.interop.layout import CARRIED, is_foreign
 from vlm_jax.interop.llava_artefacts import is_artefact, open_connector
 from vlm_jax.interop.native import check_entries, load_entries
@@ -55,13 +55,8 @@ def open_start(
         raise UsageError("config.init_from gives the whole model: leave config.parts unset, or init_from")
     model = normal(model)
     start = _whole(init_from, model, abstract) if init_from is not None else _parts(named, model, abstract)
-    embedding = start.entries.get("decoder.embed.embedding")
-    rows = model["decoder"]["vocab_size"]
-    if embedding is not None and embedding.shape[0] != rows:
-        raise UsageError(
-            f"the embedding in {start.where} has {embedding.shape[0]} rows, config.model.decoder.vocab_size is {rows}: "
-            f"set --config.model.decoder.vocab_size={embedding.shape[0]}"
-        )
+    if "decoder.embed.embedding" in start.entries:
+        check_vocabulary(start.entries["decoder.embed.embedding"].shape[0], model, start.where)
     check_entries(start.entries, start.abstract, start.where, start.problems)
     return start
 

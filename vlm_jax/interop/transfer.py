@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.data.chat_template import chat_template
 from vlm_jax.errors import UsageError
 from vlm_jax.interop.checkpoint import locate, open_checkpoint
-from vlm_jax.interop.hf_config import WHOLE, Json, describe, is_original
+from vlm_jax.interop.hf_config import WHOLE, Json, describe, is_original, tell_template
 from vlm_jax.interop.hf_write import (
     hf_config,
     llava_config,
@@ -26,7 +27,15 @@ from vlm_jax.interop.hf_write import (
     processor_config,
 )
 from vlm_jax.interop.hub import local_folder
-from vlm_jax.interop.huggingface import Checkpoint, as_theirs, image_processor, normal, read_json, shapes_of
+from vlm_jax.interop.huggingface import (
+    Checkpoint,
+    as_theirs,
+    image_processor,
+    normal,
+    read_chat_template,
+    read_json,
+    shapes_of,
+)
 from vlm_jax.interop.layout import CONFIG, HF_CONFIG, PARTIAL
 from vlm_jax.interop.llava_artefacts import is_artefact
 from vlm_jax.interop.native import write_model, written_aside
@@ -107,6 +116,8 @@ def export_model(source: str, target: str | os.PathLike[str], *, layout: str = "
             shutil.copyfile(found.files[HF_CONFIG], place / CONFIG)
         else:
             _side_files(place, layout, config, model, images, found, tokenizer, rows, origin)
+        if layout == "hf":
+            _chat_template(place, found, raw)
         write_shards(place, named, format="pt", shard_bytes=SHARD, one_file=True)
         if not as_it_came:
             (place / CONFIG).write_text(json.dumps(config, indent=2))
@@ -261,3 +272,15 @@ def _side_files(
     config["text_config"] |= told
     if "generation_config.json" not in found.files:
         (place / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **told}, indent=2))
+
+
+def _chat_template(place: Path, found: Checkpoint, raw: Json) -> None:
+    """The conversation template of the model as Jinja, where what it came with says another one or nothing."""
+    name, carried = found.config["template"], read_chat_template(place)
+    if name is None or (carried and name == tell_template(carried, raw, str(found.folder))):
+        return
+    text = chat_template(name)
+    if text is None:
+        return
+    (place / "chat_template.json").unlink(missing_ok=True)
+    (place / "chat_template.jinja").write_text(text)
