@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 2 << 30
 POINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 IMAGES = {"mode": "anyres", "merge": "spatial_unpad", "pinpoints": POINTS, "pinpoint_order": "hw"}
-# Prints the peak of this process's resident memory, in KiB, when it ends.
-TELL = "import resource, atexit; atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))\n"
+# Prints the lines of Linux about a process when it ends; what `resource` tells begins with the peak of its parent.
+TELL = "import atexit; atexit.register(lambda: print(open('/proc/self/status').read()))\n"
 
 
 def write_checkpoint(folder: Path) -> int:
@@ -75,7 +75,8 @@ def peak(program: str, *args: str) -> int:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", TELL + program, *args]
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return int(done.stdout.split()[-1]) * 1024
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:

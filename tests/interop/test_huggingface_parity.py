@@ -68,30 +68,43 @@ def test_logits_and_gradients_equal_transformers(
     assert (np.abs(pixels).max(axis=(-1, -2, -3)) > 1e-3).sum() >= 3 and np.abs(pixels[used]).max() > 1e-2
 
     vlm = vlm_jax.load(tmp_path)
-    expected = logits.detach().numpy()
-    ours = vlm.apply_hf(**given)
-    assert ours.dtype == np.float32 and ours.shape == expected.shape
-    assert np.abs(ours - expected)[real].max() <= LOGITS * np.abs(expected[real]).max()
-
     batch = place_inputs(hf_batch(given, vlm.images, vlm.image_token_id))
-    weights = np.zeros(expected.shape, np.float32)
+    weights = np.zeros(logits.shape, np.float32)
     weights[real] = weigh.numpy()
 
-    @jax.jit
-    @jax.grad
-    def gradients(params: dict[str, jax.Array]) -> jax.Array:
+    def forward(params: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         bound = vlm.family.bound.bind(params)
-        return (bound.decoder.logits(bound(batch)[0]) * weights).sum()
+        out = bound.decoder.logits(bound(batch)[0])
+        return (out * weights).sum(), out
 
-    found = {path: np.asarray(g) for path, g in gradients(vlm.params).items()}
+    (_, ours), found = hf.jit(jax.value_and_grad(forward, has_aux=True))(vlm.params)
+    expected = logits.detach().numpy()
+    assert ours.shape == expected.shape
+    assert np.abs(np.asarray(ours) - expected)[real].max() <= LOGITS * np.abs(expected[real]).max()
     theirs = {canonical(name): w.grad for name, w in model.named_parameters()}
     compared = set()
     for tensor in names(vlm.family.settings):
         grad = theirs[tensor.hf]
         if grad is None or never(tensor.hf, layer):
             continue
-        mine = found[tensor.path] if tensor.layer is None else found[tensor.path][tensor.layer]
+        mine = np.asarray(found[tensor.path] if tensor.layer is None else found[tensor.path][tensor.layer])
         expected = FORMS[tensor.form].ours(grad.numpy())
         assert np.abs(mine - expected).max() <= GRADIENTS * np.abs(expected).max(), tensor.hf
         compared.add(tensor.path.split("/")[0])
     assert compared >= {"vision", "connector", "decoder"} | ({"newline"} if kind == "llava_next" else set())
+
+
+def test_apply_hf_gives_the_logits_of_transformers(hf, tmp_path: Path) -> None:
+    """On eight devices, which the two rows do not fill, with padding on the left."""
+    model = hf.build("llava", "clip", "llama")
+    model.save_pretrained(tmp_path)
+    given = hf.inputs("llava", model)
+    short = int(given["attention_mask"][0].sum())
+    for name in ("input_ids", "attention_mask"):
+        given[name][0] = np.roll(given[name][0], -short)
+    with torch.no_grad():
+        expected = model(**hf.torch(given)).logits.numpy()
+    ours = vlm_jax.load(tmp_path).apply_hf(**given)
+    real = given["attention_mask"].astype(bool)
+    assert ours.dtype == np.float32 and ours.shape == expected.shape and not real[0, 0]
+    assert np.abs(ours - expected)[real].max() <= LOGITS * np.abs(expected[real]).max()
