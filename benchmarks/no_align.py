@@ -3,8 +3,8 @@
     python benchmarks/no_align.py                                  # some minutes on two CPU cores
     python benchmarks/no_align.py --seeds 0 1 2 --recipe=llava16_mistral --finetune=1000
 
-Prints held-out accuracy and loss of both and the gap, and writes one JSON. The weights of the tiny size start at random,
-in the tower and the language model too, so that the gap is that of this pair and not of the published models.
+Prints held-out accuracy and loss of both and the gap, and writes one JSON. The weights of the tiny size start at
+random, in the tower and the language model too: the gap is that of this pair and not of the published models.
 """
 
 from __future__ import annotations

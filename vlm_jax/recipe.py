@@ -24,7 +24,7 @@ def experiment(*, seed: int = 42) -> ConfigDict:
         {
             "seed": seed,
             "init_from": None,  # a model whose weights the run starts from
-            "parts": {"vision": None, "connector": None, "decoder": None},  # or models that give it one part each
+            "parts": {"vision": None, "connector": None, "decoder": None},  # else: what gives it one part each
             "model": {},
             "tokenizer": None,  # a folder or hub id
             "images": {  # vlm_jax/data/images.py says what each does; a stage may change some (`image_settings`)

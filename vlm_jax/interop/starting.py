@@ -43,16 +43,14 @@ class Start:
 def open_start(
     init_from: str | None, parts: Mapping[str, str | None], model: Mapping[str, Any], abstract: Mapping[str, Any]
 ) -> Start | None:
-    """What `config.init_from` or `config.parts` name, checked against the parameters `abstract` of the run's model;
-    None where they name nothing.
+    """What `config.init_from` names or, where it names nothing, `config.parts`, checked against the parameters
+    `abstract` of the run's model; None where neither names anything.
 
     A model without adapters may be given adapters. Raises UsageError that lists all that does not fit.
     """
     named = {part: path for part, path in parts.items() if path}
     if init_from is None and not named:
         return None
-    if init_from is not None and named:
-        raise UsageError("config.init_from gives the whole model: leave config.parts unset, or init_from")
     model = normal(model)
     start = _whole(init_from, model, abstract) if init_from is not None else _parts(named, model, abstract)
     if "decoder.embed.embedding" in start.entries:
