@@ -62,8 +62,8 @@ class Encoded:
 class VLM:
     """Answers requests, alone or in batches, on the mesh that was in use when it was made.
 
-    There is one compilation per bucket: rows and new tokens are rounded up to powers of two, lengths above 512 also to
-    three quarters of them, tiles to 1 or to powers of two times the most that one image has. `compiled` counts them.
+    There is one compilation per bucket: rows, tiles and new tokens are rounded up to powers of two, or tiles to a power
+    of two times the most that an image may have, and lengths above 512 also to 3/4 of one. `compiled` counts them.
     """
 
     def __init__(
@@ -283,5 +283,5 @@ def _longer(length: int) -> int:
 
 
 def _more(tiles: int, of_image: int) -> int:
-    """The bucket's K: all images of one record are often alike in their number of tiles."""
-    return 1 if tiles <= 1 else of_image * _power(-(-tiles // of_image))
+    """The bucket's K: a power of two, or that many times the most tiles of one image if this is less."""
+    return min(_power(tiles), of_image * _power(-(-tiles // of_image)))
