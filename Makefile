@@ -20,7 +20,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install -qq --prefer-binary --n
 STAMP = $$( ($(PYTHON) -c "import sys; print(sys.version, sys.base_prefix)"; pwd; cat pyproject.toml setup.py) \
 	| cksum | tr -d ' ')
 
-.PHONY: help quickstart test test-all test-lowest lint format systems venv venv-test clean
+.PHONY: help quickstart test test-all test-lowest lint format goldens systems venv venv-test clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -53,6 +53,9 @@ lint: venv-test ## ruff (rules and format) and the types
 format: venv-test ## let ruff mend what it can
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
+
+goldens: venv-test ## rewrite tests/goldens (every config resolved) and the guide's tables, after a change that is meant
+	@$(RUN) tests/test_recipes.py && $(RUN) tests/test_coming_from.py
 
 systems: ## the table of systems, from docs/systems.json, printed and put into README.md
 	@$(PYTHON) docs/print_systems.py --write README.md

@@ -5,8 +5,8 @@
 
 Both sides get the same JPEGs (photograph-like: 1/f noise, quality 90, the sizes of COCO and some larger) in memory, in
 one process with one thread, in turns; a figure is the median over the rounds. "PIL + HF" is `PIL.Image.open` and
-transformers' `CLIPImageProcessorPil` (shortest side 336 bicubic, centre crop, CLIP's mean and std). Training uses the
-uint8 form: the device normalises.
+transformers' `CLIPImageProcessorPil` (shortest side 336 bicubic, centre crop, CLIP's mean and std); for anyres
+`LlavaNextImageProcessorPil` with LLaVA-1.6's five pinpoints. Training uses the uint8 form: the device normalises.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ import transformers
 from machine import cpu_model
 from PIL import Image, features
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from vlm_jax.data import ImageSettings, normalise, open_image, process
 
 SIZES = [(640, 480)] * 10 + [(480, 640)] * 6 + [(500, 375)] * 6 + [(1024, 768)] * 2
-SETTINGS = ImageSettings(336)
+SETTINGS = ImageSettings(336, 576)
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+ANYRES = ImageSettings(336, 576, "anyres", "spatial_unpad", PINPOINTS, "hw")
 
 
 def photograph(rng: np.random.Generator, width: int, height: int) -> bytes:
@@ -76,13 +79,15 @@ def main() -> None:
     rng = np.random.default_rng(0)
     jpegs = [photograph(rng, *size) for size in SIZES]
     side = SETTINGS.size
-    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    processor = CLIPImageProcessorPil(**sizes)
+    next_processor = LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=[list(point) for point in PINPOINTS])
 
     def reference(jpeg: bytes) -> np.ndarray:
         return processor(Image.open(io.BytesIO(jpeg)), return_tensors="np")["pixel_values"][0]
 
     def tile(jpeg: bytes) -> np.ndarray:
-        return process(open_image(jpeg), SETTINGS)
+        return process(open_image(jpeg), SETTINGS)[0]
 
     def normalised(jpeg: bytes) -> np.ndarray:
         return normalise(tile(jpeg), SETTINGS.mean, SETTINGS.std)
@@ -91,10 +96,14 @@ def main() -> None:
         "PIL + HF processor, float32": reference,
         "vlm_jax, float32": normalised,
         "vlm_jax, uint8 (as in training)": tile,
+        "anyres: PIL + HF processor, float32": lambda jpeg: next_processor(
+            Image.open(io.BytesIO(jpeg)), return_tensors="np"
+        ),
+        "anyres: vlm_jax, uint8": lambda jpeg: process(open_image(jpeg), ANYRES),
         "decode alone (PIL)": lambda jpeg: Image.open(io.BytesIO(jpeg)).load(),
     }
     seconds = in_turns(sides, jpegs, arguments.rounds)
-    first = seconds["PIL + HF processor, float32"]
+    first = {name: seconds["anyres: " * name.startswith("anyres") + "PIL + HF processor, float32"] for name in sides}
     levels = np.array(SETTINGS.std) * 255
     differences = np.concatenate(
         [(np.abs(normalised(j) - reference(j).transpose(1, 2, 0)) * levels).ravel() for j in jpegs]
@@ -111,15 +120,15 @@ def main() -> None:
         },
         "jpegs": {"count": len(jpegs), "mean_kilobytes": round(sum(map(len, jpegs)) / len(jpegs) / 1000)},
         "images_per_second": {name: round(1 / time_, 1) for name, time_ in seconds.items()},
-        "times_reference": {name: round(first / time_, 2) for name, time_ in seconds.items()},
+        "times_reference": {name: round(first[name] / time_, 2) for name, time_ in seconds.items()},
         "max_difference_in_levels": round(float(differences.max()), 2),
         "share_of_values_that_differ": float(f"{(differences > 0.01).mean():.2g}"),
     }
     print(f"{report['cpu']}, one core; " + ", ".join(f"{name} {v}" for name, v in report["versions"].items()))
     print(f"{len(jpegs)} JPEGs of {report['jpegs']['mean_kilobytes']} kB on average, {side} px\n")
-    print(f"{'':34}{'images/s':>10}{'times':>8}")
+    print(f"{'':38}{'images/s':>10}{'times':>8}")
     for name in sides:
-        print(f"{name:34}{report['images_per_second'][name]:>10}{report['times_reference'][name]:>8}")
+        print(f"{name:38}{report['images_per_second'][name]:>10}{report['times_reference'][name]:>8}")
     print(
         f"\nlargest difference of pixels: {report['max_difference_in_levels']} of 255 levels, "
         f"in {report['share_of_values_that_differ']:.2g} of the values"

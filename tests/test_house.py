@@ -24,10 +24,10 @@ LEVELS = (
     ("kernels", "sharding"),
     ("layers",),
     ("models", "objectives", "data"),
-    ("training", "evaluation", "interop", "families", "inference", "recipe"),
+    ("training", "evaluation", "interop", "families", "inference", "recipe", "requirements"),
     ("train", "evaluate", "generate", "convert", "plan"),
 )
-EVERYWHERE = ("errors", "compat", "config")  # may be imported from anywhere, and import nothing but one another
+EVERYWHERE = ("errors", "compat", "config", "coming_from")  # may be imported from anywhere, and import nothing but one another
 FORBIDDEN = (("data", "models"),)  # beside each other, yet never
 
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

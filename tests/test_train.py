@@ -247,8 +247,9 @@ def test_a_run_writes_everything_it_promises(finished: SimpleNamespace) -> None:
         assert (workdir / name).stat().st_size, name
     assert {f.name for f in (workdir / "tensorboard").iterdir()} == {"align", "finetune"}
     assert {f.name for f in (workdir / "checkpoints").iterdir()} == {"0-align", "1-finetune"}
-    assert {f.name for f in (workdir / "checkpoints" / "1-finetune").iterdir()} == {"4", "6"}  # the newest two
-    assert {f.name for f in (workdir / "checkpoints" / "0-align").iterdir()} == {"frozen", "2", "4"}
+    always = {"start", "moved.json"}
+    assert {f.name for f in (workdir / "checkpoints" / "1-finetune").iterdir()} == {"4", "6"} | always  # the newest two
+    assert {f.name for f in (workdir / "checkpoints" / "0-align").iterdir()} == {"frozen", "2", "4"} | always
     for picture in ("curves.png", "samples.png"):
         assert Image.open(workdir / picture).size > (300, 200)
     align, finetune = steps(workdir, "align"), steps(workdir, "finetune")
@@ -293,6 +294,24 @@ def test_the_groups_say_what_is_trained(finished: SimpleNamespace) -> None:
     assert "1.00e-03" in finetune and "1.00e-02" in finetune and "(100.0%)" in finetune
     # What the first stage froze in bfloat16, the second trains in float32.
     assert {array.dtype for array in tensors(finished.workdir).values()} == {np.dtype(np.float32)}
+
+
+def test_the_report_says_which_modules_moved_and_by_how_much(finished: SimpleNamespace) -> None:
+    moved = json.loads((finished.workdir / "summary.json").read_text())["moved"]
+    assert set(moved["align"]) == {"connector/linear"}
+    assert moved["align"]["connector/linear"]["parameters"] == 16 * 16 + 16
+    with ocp.StandardCheckpointer() as checkpointer:
+        ends = [
+            checkpointer.restore(finished.workdir / "checkpoints" / "1-finetune" / name)
+            for name in ("start", "6/state")
+        ]
+    (start, end), path = (ends[0], ends[1]["trained"]), "decoder/layers/mlp/up/kernel"
+    change = np.asarray(end[path]) - np.asarray(start[path])
+    one = moved["finetune"]["decoder/layers/mlp/up"]
+    assert one["change"] == pytest.approx(np.linalg.norm(change), rel=1e-5)
+    assert one["relative"] == pytest.approx(np.linalg.norm(change) / np.linalg.norm(start[path]), rel=1e-5)
+    assert one["largest"] == pytest.approx(np.abs(change).max()) and (one["layers"], one["still"]) == (1, 0)
+    assert "frozen: decoder (" in finished.out and "vision/patch_embed" in finished.out
 
 
 def test_mixed_batches_compile_once_per_bucket(finished: SimpleNamespace) -> None:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from vlm_jax.coming_from import answer
 from vlm_jax.errors import UsageError, suggest
 
 # What may differ between a run and its resumption: regular expressions over whole dotted paths.
@@ -483,6 +484,9 @@ def parse_command(
             continue
         name, equals, text = word.partition("=")
         if not name.startswith("--") or name[2:] not in flags:
+            following = text or (queue[0] if queue and not queue[0].startswith("--") else "")
+            if config and (known := answer(name.lstrip("-").replace("-", "_"), following)):
+                raise UsageError(known)
             raise UsageError(f"unknown flag {name}{suggest(name, [f'--{flag}' for flag in flags])}; --help lists them")
         name = name[2:]
         kind, default, _ = flags[name]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,9 +37,30 @@ class LlavaFamily:
         self.dtype, self.remat = dtype_of(dtype), remat
         self.bound = bind_llava(self.config)
 
-    def images(self, mode: str) -> ImageSettings:
+    def images(self, settings: Mapping[str, Any]) -> ImageSettings:
+        """The image settings of `config.images` for this model.
+
+        Raises UsageError for a key or a value that does not exist, or that the model cannot take.
+        """
         vision = self.config.vision
-        return ImageSettings(size=vision.image_size, mode=mode, mean=vision.mean, std=vision.std)
+        own = {
+            "size": vision.image_size,
+            "features_per_tile": self.features_per_tile,
+            "mean": vision.mean,
+            "std": vision.std,
+        }
+        known = [field.name for field in dataclasses.fields(ImageSettings) if field.name not in own]
+        for key in settings:
+            if key not in known:
+                has = ", ".join(known)
+                raise UsageError(f"config.images has no setting {key!r}{suggest(key, known)}; it has {has}")
+        images = from_dict(ImageSettings, {**settings, **own}, "config.images")
+        if images.merge == "spatial_unpad" and not self.config.newline:
+            raise UsageError(
+                "images.merge 'spatial_unpad' ends rows of patches with a learnt vector, which this model has not: set "
+                "config.model.newline to True, or images.merge to 'flat' or 'spatial'"
+            )
+        return images
 
     @property
     def features_per_tile(self) -> int:

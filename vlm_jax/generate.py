@@ -21,11 +21,12 @@ from vlm_jax.data.templates import get_template
 from vlm_jax.errors import Interrupted, UsageError, run_command
 from vlm_jax.inference.files import open_file
 from vlm_jax.inference.questions import Answer, AnswerFile, read_questions
-from vlm_jax.interop.layout import MODEL, find_model, read_config
+from vlm_jax.interop.hub import local_folder
+from vlm_jax.interop.layout import MODEL, find_model, is_foreign, read_config
 from vlm_jax.models.sampling import Sampling
 
 FLAGS = {
-    "model": (str, REQUIRED, "a workdir, or a model that one wrote"),
+    "model": (str, REQUIRED, "a workdir, a model of ours, of Hugging Face's or of LLaVA's, or a hub id owner/name"),
     "image": (str, [], "an image file"),
     "prompt": (str, None, "the question; images stand first, or where it has <image>"),
     "max_new_tokens": (int, 256, "longest answer"),
@@ -33,6 +34,7 @@ FLAGS = {
     "top_p": (float, 1.0, "draw from the likeliest tokens of this much probability together"),
     "seed": (int, 0, "of the draws"),
     "dtype": (("float32", "bfloat16"), "float32", "of weights and computation"),
+    "template": (str, None, "of the conversation, if the model does not tell"),
     "data": (str, None, "questions: JSONL with question_id, text and image"),
     "output": (str, None, "where the answers to --data go"),
     "images": (str, None, "folder of the images of --data, if not the file's own"),
@@ -46,8 +48,7 @@ def main(argv: Sequence[str]) -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
-    folder = find_model(given.model)
-    template = str(read_config(folder).get("template"))
+    folder, template = _find(given.model, given.template)
     if get_template(template).one_turn and given.prompt is None and given.data is None:
         raise UsageError(f"the model in {folder} takes one turn (template {template!r}), no chat: give --prompt")
     pictures = [open_file(file) for file in given.image]
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     # The heavy imports come after the command line has been understood, and what it names has been found.
     from vlm_jax.inference.load import load
 
-    vlm = load(folder, dtype=given.dtype)
+    vlm = load(folder, dtype=given.dtype, template=given.template)
     settings = {"max_new_tokens": given.max_new_tokens, "sampling": sampling}
     if file is not None:
         _answer_data(vlm, file, given, settings)
@@ -73,6 +74,21 @@ def main(argv: Sequence[str]) -> None:
         print(_answer_prompt(vlm, given.prompt, pictures, given.seed, settings))
     else:
         _chat(vlm, pictures, given.seed, settings)
+
+
+def _find(model: str, template: str | None) -> tuple[Path, str]:
+    """The folder of the model, fetched if it is a hub id, and the template of its conversations."""
+    folder = Path(local_folder(model)).expanduser()
+    if is_foreign(folder):
+        from vlm_jax.interop.checkpoint import describe_model
+
+        template = template or describe_model(folder)["template"]
+    else:
+        folder = Path(find_model(folder))
+        template = template or read_config(folder).get("template")
+    if template is None:
+        raise UsageError(f"the conversation template of {folder} is not known: give --template=NAME")
+    return folder, template
 
 
 def _check(given: SimpleNamespace) -> Sampling:

@@ -1,4 +1,5 @@
-"""What a config file is written with: an experiment, its stages, and their typed form for the trainer."""
+"""What a config file is written with: an experiment, its stages and their usual changes; and their typed form for the
+trainer."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from vlm_jax.config import plain
 from vlm_jax.data import SourceSpec
 from vlm_jax.errors import UsageError
+from vlm_jax.models.presets import lora
 from vlm_jax.models.schema import from_dict
 
 
@@ -21,9 +24,17 @@ def experiment(*, seed: int = 42) -> ConfigDict:
         {
             "seed": seed,
             "init_from": None,  # a model whose weights the run starts from
+            "parts": {"vision": None, "connector": None, "decoder": None},  # else: what gives it one part each
             "model": {},
             "tokenizer": None,  # a folder or hub id
-            "images": {"mode": "square"},  # square (crop), pad or resize (squash)
+            "images": {  # vlm_jax/data/images.py says what each does; a stage may change some (`image_settings`)
+                "mode": "square",  # square (crop), pad, resize (squash) or anyres (tiles)
+                "merge": "flat",  # order of the features: flat, spatial or spatial_unpad
+                "pinpoints": (),  # canvases of anyres, ((w, h), ...), or ((h, w), ...) in the order hw
+                "pinpoint_order": "wh",  # wh (LLaVA) or hw (Hugging Face)
+                "max_tiles": None,  # N of anyres_max_N
+                "several": None,  # mode of the images of a record with several; None: mode
+            },
             "data": {"train": None, "eval": None, "images": None, "workers": 0, "max_bad_fraction": 0.01},
             "steps": None,
             "batch": {"samples": None, "per_device": None},
@@ -61,11 +72,14 @@ def experiment(*, seed: int = 42) -> ConfigDict:
 def stage(
     name: str,
     *,
-    train: str | Sequence[Mapping[str, Any]],
+    train: str | Sequence[Mapping[str, Any]] | None,
     groups: Sequence[tuple[str, float | None]] = ((".*", 1.0),),
     template: str,
+    image_placement: str = "first",
+    compat_drop_mismatch: bool = False,
     samples: int,
     lr: float,
+    image_settings: Mapping[str, Any] | None = None,
     eval: str | None = None,
     images: str | None = None,
     epochs: float = 1.0,
@@ -74,11 +88,17 @@ def stage(
     warmup: float = 0.03,
 ) -> ConfigDict:
     """One stage. `train` is a path or a mixture of `{"path", "images", "weight"}`; `samples` is the batch; `steps` wins
-    over `epochs`; `groups` lists (regex of parameter paths, learning-rate multiplier or None to freeze)."""
+    over `epochs`; `groups` lists (regex of parameter paths, learning-rate multiplier or None to freeze);
+    `image_settings` changes keys of `config.images` for this stage; `image_placement` (first, last, random or as_is) is
+    where a message's only image stands; `compat_drop_mismatch` leaves out what LLaVA loses to "tokenization mismatch".
+    """
     values = {
         "name": name,
         "data": {"train": train, "eval": eval, "images": images},
         "template": template,
+        "image_placement": image_placement,
+        "compat_drop_mismatch": compat_drop_mismatch,
+        "image_settings": dict(image_settings or {}),
         "samples": samples,
         "lr": lr,
         "groups": tuple(tuple(group) for group in groups),
@@ -88,6 +108,81 @@ def stage(
         "warmup": warmup,
     }
     return ConfigDict(values, type_safe=False).lock()
+
+
+# ------------------------------------------------------------------------------------- what the recipes have in common
+
+CONNECTOR_ONLY = (("connector/.*", 1.0), (".*", None))  # stage 1 of every LLaVA
+
+
+def anyres(tile: int) -> dict[str, Any]:
+    """LLaVA-1.6's `config.images` for tiles of so many pixels: two to four tiles and the whole image, padding dropped.
+    Images that share a record are padded squares, as LLaVA-NeXT trains them."""
+    grids = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # in LLaVA's order, which decides between equals
+    pinpoints = tuple((wide * tile, high * tile) for wide, high in grids)
+    return {"mode": "anyres", "merge": "spatial_unpad", "pinpoints": pinpoints, "several": "pad"}
+
+
+def adapt(c: ConfigDict, *, rank: int, alpha: float, dropout: float, lr: float, connector_lr: float) -> None:
+    """Makes the last stage one of LoRA as LLaVA's: adapters on every linear layer of the language model but its head,
+    a fully trained connector with a learning rate of its own, and all else frozen."""
+    c.model.lora = lora(rank, alpha, dropout=dropout)
+    c.stages[-1].lr = lr
+    c.stages[-1].groups = ((".*/lora_[ab]", 1.0), ("connector/.*", connector_lr / lr), (".*", None))
+
+
+def own_data(c: ConfigDict, *, init_from: str, vocab_size: int) -> None:
+    """The last stage alone, from a released model, on data that the user names. `vocab_size` counts the rows of that
+    model's embedding. The loss is the mean over the tokens of the batch, whatever the number of devices."""
+    c.init_from, c.tokenizer = init_from, None
+    c.parts = dict.fromkeys(c.parts)
+    c.model.decoder.vocab_size = vocab_size
+    c.stages = c.stages[-1:]
+    c.stages[0].data.train = c.stages[0].data.images = None
+    c.loss_norm = "global_tokens"
+
+
+def without(c: ConfigDict, name: str) -> None:
+    """Leaves out the stage `name`. Raises UsageError if another variant has left it out already."""
+    if name not in [one.name for one in c.stages]:
+        raise UsageError(f"these variants contradict each other: there is no stage {name!r} left to leave out")
+    c.stages = tuple(one for one in c.stages if one.name != name)
+
+
+def tiny(c: ConfigDict) -> None:
+    """The same model and recipe at a size that a laptop's CPU trains in a minute, on the handwriting of the quickstart.
+
+    Kinds, ratios of heads, feature layer, merging, groups and their multipliers stay. Weights start at random, so that
+    the learning rates, made for pretrained ones, are replaced.
+    """
+    vision, decoder, tiled = c.model.vision, c.model.decoder, c.images.mode == "anyres"
+    side = 16 if tiled else 32  # a canvas of the data has 32 pixels: it is four tiles, or one
+    c.images.pinpoints = tuple(
+        (wide * side // vision.image_size, high * side // vision.image_size) for wide, high in c.images.pinpoints
+    )
+    vision.update(image_size=side, patch_size=8, hidden_size=64, intermediate_size=256, num_layers=3, num_heads=4)
+    sharing = decoder.num_heads // decoder.num_kv_heads
+    heads = 8 if 8 % sharing == 0 else sharing
+    decoder.update(
+        vocab_size=83,
+        hidden_size=16 * heads,
+        intermediate_size=48 * heads,
+        num_layers=3,
+        num_heads=heads,
+        num_kv_heads=heads // sharing,
+        head_dim=16,
+    )
+    if c.model.lora is not None:
+        c.model.lora.update(rank=8, alpha=8 * c.model.lora.alpha / c.model.lora.rank)
+    c.init_from, c.parts, c.tokenizer = None, dict.fromkeys(c.parts), "digits:tokenizer_chat"
+    for one, steps in zip(c.stages[::-1], (300, 150), strict=False):
+        one.samples, one.steps, one.lr = 32, steps, 2e-3
+        one.data.update(train="digits:align" if one.template == "plain" else "digits:train", images=None)
+    c.stages[-1].data.eval = "digits:eval"
+    c.buckets.lengths, c.buckets.tiles = ((56, 96), (5,)) if tiled else ((40, 80), (1,))
+    c.dtype, c.frozen_dtype, c.remat, c.loss_ranks = "float32", "float32", "none", 8
+    c.log.every, c.checkpoint.every = 20, 100
+    c.eval.update(every=0, max_samples=100, batch=100, max_new_tokens=16, by=("kind",))
 
 
 # Settings of a run that count something, with the least that they may be. None is no number.
@@ -113,6 +208,9 @@ class Stage:
     train: tuple[SourceSpec, ...]
     eval: SourceSpec | None
     template: str
+    image_placement: str
+    compat_drop_mismatch: bool
+    images: Mapping[str, Any]
     samples: int
     lr: float
     groups: tuple[tuple[str, float | None], ...]
@@ -151,6 +249,9 @@ def stages(config: ConfigDict) -> list[Stage]:
                 train=sources,
                 eval=SourceSpec(evaluation, images) if evaluation else None,
                 template=values.template,
+                image_placement=values.image_placement,
+                compat_drop_mismatch=bool(values.compat_drop_mismatch),
+                images={**plain(config.images), **plain(values.image_settings)},
                 samples=samples,
                 lr=float(values.lr),
                 groups=tuple((str(pattern), rate) for pattern, rate in values.groups),

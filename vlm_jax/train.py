@@ -22,6 +22,8 @@ from vlm_jax.compat import check_versions
 from vlm_jax.config import check_resume, default_workdir, load_config, parse_command, plain, split_spec, to_json
 from vlm_jax.errors import UsageError, run_command
 
+MOVED = "moved.json"  # beside the checkpoints of a stage: what it changed
+
 
 def main(argv: Sequence[str]) -> None:
     began = time.monotonic()
@@ -34,11 +36,13 @@ def main(argv: Sequence[str]) -> None:
     # The heavy imports come after the command line has been understood.
     import jax
 
+    from vlm_jax.requirements import check
     from vlm_jax.training.loop import StopSignal
 
     command = shlex.join(["python", "-m", "vlm_jax.train", f"--config={given.config}", *given.overrides])
     with StopSignal().listening() as stop:
         with jax.set_mesh(_mesh(config)):
+            check(config, given.config)
             Run(config, workdir, command).train(stop, began)
 
 
@@ -55,19 +59,21 @@ class Run:
         from vlm_jax.data import open_source
         from vlm_jax.data.sources import resolve
         from vlm_jax.families import dtype_of, make_family
-        from vlm_jax.inference.load import find_model, open_tokenizer
+        from vlm_jax.inference.load import open_tokenizer
+        from vlm_jax.interop.starting import open_start
         from vlm_jax.recipe import stages
 
         self.config, self.workdir = config, workdir
         self.family = make_family(plain(config.model), dtype=config.dtype, remat=config.remat)
         self.frozen_dtype = dtype_of(config.frozen_dtype)
-        self.images = self.family.images(config.images.mode)
         self.stages = stages(config)
+        self.images = [self.family.images(stage.images) for stage in self.stages]
         self.folders = [workdir / "checkpoints" / f"{i}-{stage.name}" for i, stage in enumerate(self.stages)]
-        self.init_from = find_model(config.init_from) if config.init_from else None
-        if not config.tokenizer and self.init_from is None:
+        model = plain(config.model)
+        self.start = open_start(config.init_from, plain(config.parts), model, self.family.bound.abstract)
+        tokenizer = config.tokenizer or config.init_from or config.parts.decoder
+        if not tokenizer:
             raise UsageError("the config names no tokenizer: give --config.tokenizer=FOLDER or a hub id")
-        tokenizer = config.tokenizer or str(self.init_from)
         self.tokenizer = open_tokenizer(str(resolve(tokenizer)[0]) if _is_local(tokenizer) else tokenizer)
         if len(self.tokenizer) > self.family.vocab_size:
             raise UsageError(
@@ -154,8 +160,9 @@ class Run:
             "sources": stage.train,
             "tokenizer": self.tokenizer,
             "template": stage.template,
-            "images": self.images,
-            "patches_per_tile": self.family.features_per_tile,
+            "image_placement": stage.image_placement,
+            "compat_drop_mismatch": stage.compat_drop_mismatch,
+            "images": self.images[number],
             "samples": samples,
             "rows": per_device * shards,
             "micro_batches": math.ceil(samples / (per_device * shards)),
@@ -193,6 +200,8 @@ class Run:
             wandb=config.log.wandb,
             config=plain(config),
         ) as writer:
+            for note in self.start.notes if self.start else ():
+                writer.say(f"note: {note}")
             for number, stage in enumerate(self.stages):
                 if begun and number < begun[-1]:
                     writer.say(f"stage {stage.name} is done, with {_last_step(self.folders[number]):,} steps")
@@ -209,21 +218,22 @@ class Run:
                 "stages": {s.name: _last_step(folder) for s, folder in zip(self.stages, self.folders, strict=True)},
                 "parameters": sum(math.prod(a.shape) for a in self.family.bound.abstract.values()),
                 "seconds": round(time.monotonic() - began, 1),
+                "moved": {
+                    s.name: json.loads((folder / MOVED).read_text())
+                    for s, folder in zip(self.stages, self.folders, strict=True)
+                    if (folder / MOVED).exists()  # not of a stage that was stopped just before it was written
+                },
                 **results,
             }
             _write(self.summary_file, json.dumps(summary, indent=1) + "\n")
             self._report(summary)
 
     def _initial_params(self) -> dict[str, Any]:
-        from vlm_jax.interop.native import load_params, read_config
-
-        abstract = self.family.bound.abstract
-        params = self.family.bound.init(self.config.seed)
-        if self.init_from is None:
-            return params
-        # A base without adapters may be given adapters; they start from zero.
-        fresh = {} if read_config(str(self.init_from))["model"]["lora"] else {p for p in abstract if "/lora_" in p}
-        return params | load_params(str(self.init_from), {p: a for p, a in abstract.items() if p not in fresh})
+        bound, seed = self.family.bound, self.config.seed
+        if self.start is None:
+            return bound.init(seed)
+        loaded = self.start.load()
+        return bound.init(seed, bound.abstract.keys() - loaded.keys()) | loaded
 
     def _run_stage(self, number: int, params: dict[str, Any] | None, writer: Any, stop: Any) -> dict[str, Any]:
         """Trains a stage from `params`, or from its newest checkpoint, and returns what it ends with."""
@@ -232,6 +242,8 @@ class Run:
         from vlm_jax.training.checkpoint import Checkpoints
         from vlm_jax.training.loop import StageRun, run_stage
         from vlm_jax.training.optimizer import group_table, learning_rates
+        from vlm_jax.training.report import as_json, compare
+        from vlm_jax.training.report import table as moved_table
         from vlm_jax.training.state import init_state, make_train_step
 
         config, stage, loader, family = self.config, self.stages[number], self.loaders[number], self.family
@@ -253,7 +265,7 @@ class Run:
         if latest is None:
             assert params is not None
             state = jax.jit(begin, donate_argnums=0)(params)
-            checkpoints.save_frozen(state)
+            checkpoints.save_start(state)
         else:
             state = checkpoints.restore(latest, jax.eval_shape(begin, family.bound.abstract))
         writer.say(f"\nstage {stage.name}: {loader.num_samples:,} samples, {loader.steps:,} steps of {stage.samples}")
@@ -284,10 +296,16 @@ class Run:
             save_every=config.checkpoint.every,
         )
         state = run_stage(run, state, checkpoints, writer, stop)
-        checkpoints.close()
         if traces:
             writer.say(f"stage {stage.name} done: the train step was compiled {len(traces)} time(s)")
-        return _evaluated(state)
+        result, trained = _evaluated(state), state.trained
+        del state  # the optimizer's makes room for the weights of the start
+        moved = compare(checkpoints.start(trained), trained)
+        checkpoints.close()
+        writer.say(moved_table(moved, {p: a for p, a in family.bound.abstract.items() if p not in trained}))
+        if jax.process_index() == 0:
+            _write(self.folders[number] / MOVED, json.dumps(as_json(moved)))
+        return result
 
     @functools.cached_property
     def _weigh(self) -> Any:
@@ -313,7 +331,7 @@ class Run:
     def _vlm(self) -> Any:
         from vlm_jax.inference.vlm import VLM
 
-        return VLM(self.family, {}, tokenizer=self.tokenizer, template="plain", images=self.images)
+        return VLM(self.family, {}, tokenizer=self.tokenizer, template="plain", images=self.images[0])
 
     def _evaluate(
         self, number: int, params: dict[str, Any], stop: Any, limit: int
@@ -337,6 +355,7 @@ class Run:
             steps=None,
             bad_records=None,
             workers=0,
+            compat_drop_mismatch=False,
         )
         steps = min(loader.steps, math.ceil(limit / loader.order.samples))
         summed = weight = 0.0
@@ -346,7 +365,8 @@ class Run:
                 one, weighed = self._eval_step(params, {}, self._place(batch.arrays))
                 summed, weight = summed + float(one), weight + float(weighed)
         vlm = self._vlm.with_params(params)
-        vlm.template = stage.template
+        vlm.template, vlm.images = stage.template, self.images[number]
+        vlm.image_placement = stage.image_placement
 
         def answer(records: Sequence[Any]) -> list[str]:
             stop.check()
@@ -402,9 +422,12 @@ class Run:
             self.workdir / MODEL,
             params,
             model=plain(self.config.model),
-            mode=self.config.images.mode,
+            images=self.stages[number].images,
             template=self.stages[number].template,
+            image_placement=self.stages[number].image_placement,
             tokenizer=self.tokenizer,
+            extra=self.start.extra if self.start else {},
+            files=self.start.files if self.start else {},
         )
 
     def _report(self, summary: Mapping[str, Any]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,17 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
+
+
+@pytest.fixture(scope="session")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Any]:
+    """The tokenizer of Mistral 7B v0.1, a sentencepiece one of 32,000 tokens, in its legacy behaviour or the new."""
+    from transformers import LlamaTokenizer
+
+    package = importlib.util.find_spec("mistral_common")
+    folder = tmp_path_factory.mktemp("mistral")
+    shutil.copy(Path(package.origin).parent / "data" / "tokenizer.model.v1", folder / "tokenizer.model")
+    return functools.cache(lambda legacy: LlamaTokenizer.from_pretrained(folder, legacy=legacy))
 
 
 def conversation(*turns: str) -> list[dict[str, str]]:

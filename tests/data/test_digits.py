@@ -157,7 +157,7 @@ def test_two_makes_are_byte_equal_and_a_seed_changes_all(directory, tmp_path):
     other = contents(digits.make_digits(tmp_path / "other", **SAMPLES, seed=1))
     assert other.keys() == again.keys()
     same = {name for name in again if again[name] == other[name]}
-    assert {name for name in same if not name.startswith("tokenizer/")} == set()
+    assert {name for name in same if not name.startswith("tokenizer")} == set()
 
 
 def test_a_finished_directory_is_reused_and_another_setting_replaces_it(tmp_path):
@@ -230,3 +230,12 @@ def test_pieces_of_a_prompt_give_the_tokens_of_the_whole(tokenizer):
 def test_importing_the_module_imports_no_scikit_learn(run_python):
     code = "import sys, vlm_jax.data.digits; assert 'sklearn' not in sys.modules"
     assert run_python("-c", code).returncode == 0
+
+
+def test_the_chat_tokenizer_adds_the_words_of_the_other_templates(directory, tokenizer):
+    chat = AutoTokenizer.from_pretrained(directory / "tokenizer_chat")
+    assert tokenizer.get_vocab().items() < chat.get_vocab().items()
+    text = "<|im_start|>system\nAnswer the questions.<|im_end|>[INST] Which digit is this? [/INST] 7</s>"
+    words = chat.tokenize(text)
+    assert words[:5] == ["<|im_start|>", "system", "\n", "Answer the questions.", "<|im_end|>"]
+    assert words[5] == "[INST]" and words[-3:] == ["[/INST]", "7", "</s>"] and chat.unk_token not in words

@@ -35,9 +35,9 @@ def test_square_gives_the_pixels_of_the_clip_processor(size: tuple[int, int]) ->
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    settings, image = ImageSettings(56), noise(*size)
+    settings, image = ImageSettings(56, 16), noise(*size)
     raw = processor(image, return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
-    tile = process(open_image(image), settings)
+    tile = process(open_image(image), settings)[0]
     assert tile.dtype == np.uint8 and tile.shape == (56, 56, 3) and tile.flags.c_contiguous
     assert levels(tile, raw.transpose(1, 2, 0)) <= 1  # a rounding may fall to the other side
     normal = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
@@ -52,12 +52,12 @@ def test_resize_gives_the_pixels_of_the_siglip_processor(size: tuple[int, int]) 
     processor = SiglipImageProcessorPil(size={"height": 56, "width": 56}, do_rescale=False, do_normalize=False)
     image = noise(*size)
     raw = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    assert levels(process(open_image(image), ImageSettings(56, "resize")), raw) <= 1
+    assert levels(process(open_image(image), ImageSettings(56, 16, "resize"))[0], raw) <= 1
 
 
 def test_pad_puts_the_image_into_the_middle_of_the_mean_colour() -> None:
     image = noise(40, 20)
-    tile = process(open_image(image), ImageSettings(40, "pad"))
+    tile = process(open_image(image), ImageSettings(40, 16, "pad"))[0]
     assert levels(tile[10:30], image) == 0
     assert (tile[:10] == (122, 116, 104)).all() and (tile[30:] == (122, 116, 104)).all()
 
@@ -162,4 +162,4 @@ def test_images_that_cannot_be_used_say_why(tmp_path: Path) -> None:
 
 def test_an_unknown_mode_suggests_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'square'"):
-        ImageSettings(56, "sqare")
+        ImageSettings(56, 16, "sqare")

@@ -30,7 +30,7 @@ PATCHES = 2
 @pytest.fixture
 def load(tokenizer: Any) -> Callable[..., Loader]:
     def make(source: Any, **settings: Any) -> Loader:
-        fixed = {"template": "plain", "images": ImageSettings(8), "patches_per_tile": PATCHES}
+        fixed = {"template": "plain", "images": ImageSettings(8, PATCHES)}
         return Loader(source, tokenizer=tokenizer, **(fixed | {"samples": 4, "lengths": (16,), "seed": 3} | settings))
 
     return make
@@ -147,6 +147,36 @@ def test_the_bucket_is_the_smallest_that_holds_all_hosts_rows(make_set: MakeSet,
     assert [[batch.bucket for batch in host] for host in hosts] == [[(3, 1), (5, 1), (16, 4)]] * 2
 
 
+ANYRES = ImageSettings(8, 4, "anyres", "spatial_unpad", ((16, 8), (8, 16), (16, 16)), several="pad")
+
+
+def test_images_of_wildly_different_sizes_share_a_batch(make_set: MakeSet, load: Any) -> None:
+    """A wide one, a high one, text alone, two of one record (which are padded), and a large one."""
+    file = make_set(5, images=lambda i: [1, 1, 0, 2, 1][i], words=lambda i: 1)
+    for name, size in {"0-0": (300, 150), "1-0": (30, 60), "3-0": (300, 2), "3-1": (1, 1), "4-0": (400, 300)}.items():
+        Image.new("RGB", size, (10, 20, 30)).save(file.parent / f"{name}.png")
+    settings = {"images": ANYRES, "shuffle": False, "samples": 5, "lengths": (16, 32), "tiles": (1, 5)}
+    (batch,) = load(file, **settings, template="bare")
+    assert batch.bucket == (32, 5) and batch.samples == 5
+    index = batch.arrays["visual_index"][0]
+    assert (index == 5 * 4).sum(1).tolist() == [2, 4, 0, 2, 4]  # newlines
+    assert (index >= 0).sum(1).tolist() == [4 + 2 * 5, 4 + 4 * 3, 0, 2 * 5, 4 + 4 * 5]
+    assert (batch.arrays["visual_inverse"][0] >= 0).sum(1).tolist() == [12, 12, 0, 8, 20]
+    with pytest.raises(UsageError, match=r"add 5 to buckets\.tiles"):
+        load(file, **{**settings, "tiles": (1, 4)})
+
+
+def test_a_sample_that_is_too_long_is_not_decoded(make_set: MakeSet, load: Any) -> None:
+    file = make_set(2)
+    image = file.parent / "1-0.png"
+    Image.new("RGB", (400, 400)).save(image)
+    image.write_bytes(image.read_bytes()[:60])  # the header is whole, the pixels are not
+    settings = {"images": ANYRES, "shuffle": False, "samples": 2, "tiles": (5,), "max_bad_fraction": 1.0}
+    for length, kind in (26, "too_long"), (64, "broken_image"):
+        (batch,) = load(file, **settings, lengths=(length,))
+        assert [sample.kind for sample in batch.delivered] == ["", kind]
+
+
 def test_a_mixture_names_its_sources(make_set: MakeSet, load: Any) -> None:
     sources = [SourceSpec(str(make_set(4, "a")), weight=0.5), SourceSpec(str(make_set(3, "b")), weight=2.0)]
     loader = load(sources)
@@ -197,7 +227,7 @@ def test_each_kind_of_fault_is_counted_and_listed_and_the_others_train(faulty: P
     assert {i: line["kind"] for i, line in listed.items()} == FAULTS
     assert all(line["step"] == i // 4 and line["source"] == str(faulty) for i, line in listed.items())
     assert all(line["message"] for line in listed.values())
-    assert batches[-1].bad == dict.fromkeys(FAULTS.values(), 1)
+    assert {kind: n for kind, n in batches[-1].bad.items() if n} == dict.fromkeys(FAULTS.values(), 1)
     assert [batch.samples for batch in batches] == [1, 0, 4]
     for batch in batches:
         good = {sample.slot for sample in batch.delivered if not sample.kind}
@@ -254,6 +284,44 @@ def test_a_restart_lists_nothing_twice_and_remembers_the_counts(faulty: Path, lo
     assert len(lines(log)) == 17
 
 
+@pytest.mark.parametrize("compat", [False, True])
+def test_what_llava_would_drop_is_counted_and_listed_and_stops_no_run(
+    make_set: MakeSet, load: Any, tmp_path: Path, compat: bool
+) -> None:
+    file, log = make_set(6), tmp_path / "run"
+    records = json.loads(file.read_text())
+    records[1]["conversations"][1]["value"] = "Yes </s> No"
+    records[2]["conversations"].insert(0, {"from": "gpt", "value": "cat"})
+    file.write_text(json.dumps(records))
+    settings = {
+        "bad_records": log,
+        "max_bad_fraction": 0.0,
+        "shuffle": False,
+        "template": "vicuna_v1",
+        "lengths": (64,),
+    }
+    batches = list(load(file, compat_drop_mismatch=compat, **settings))
+    trained = [batch.arrays["labels"][0].max(-1) >= 0 for batch in batches]
+    assert np.concatenate(trained).tolist() == [True, not compat, *[True] * 4, False, False]
+    expected = {"set-2": "assistant_first"} | ({"set-1": "mismatch"} if compat else {})
+    assert {line["id"]: line["kind"] for line in lines(log)} == expected
+    assert {kind: n for kind, n in batches[-1].bad.items() if n} == dict.fromkeys(expected.values(), 1)
+
+
+def test_random_placement_depends_on_the_step_and_not_on_the_hosts(make_set: MakeSet, load: Any) -> None:
+    file = make_set(16)
+    settings = {"template": "vicuna_v1", "lengths": (64,), "samples": 8, "epochs": 4, "image_placement": "random"}
+    one = [arrays for _, arrays in joined(simulate(lambda **k: load(file, **settings, **k), 1))]
+    for hosts in (2, 4):
+        several = simulate(lambda **k: load(file, **settings, **k), hosts)
+        for (_, arrays), expected in zip(joined(several), one, strict=True):
+            assert all(np.array_equal(arrays[name], expected[name]) for name in expected)
+    (again,) = simulate(lambda **k: load(file, start_step=5, **settings, **k), 1)
+    assert np.array_equal(again[0].arrays["visual_index"], one[5]["visual_index"])
+    places = np.concatenate([(arrays["visual_index"][0] >= 0).argmax(-1) for arrays in one])
+    assert 0.25 < (places == places.min()).mean() < 0.75  # before the question as often as behind it
+
+
 def test_nothing_is_listed_before_it_is_delivered(faulty: Path, load: Any, tmp_path: Path) -> None:
     log = tmp_path / "run"
     batches = iter(load(faulty, bad_records=log, max_bad_fraction=1.0, shuffle=False, template="bare"))
@@ -297,8 +365,8 @@ from vlm_jax.data.loader import Loader
 file, tokenizer, address, process = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, int(process))
-loader = Loader(file, tokenizer=AutoTokenizer.from_pretrained(tokenizer), template="plain", images=ImageSettings(8),
-                patches_per_tile=2, samples=2, lengths=(3, 5, 16), tiles=(1, 4), shuffle=False)
+loader = Loader(file, tokenizer=AutoTokenizer.from_pretrained(tokenizer), template="plain", images=ImageSettings(8, 2),
+                samples=2, lengths=(3, 5, 16), tiles=(1, 4), shuffle=False)
 print(json.dumps([[batch.bucket, batch.samples, batch.arrays["tokens"].shape] for batch in loader]))
 """
 

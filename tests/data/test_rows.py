@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from vlm_jax.data import rows
+from vlm_jax.data import ImageSettings, process, rows
+from vlm_jax.data.anyres import flat
 from vlm_jax.data.conversation import IMAGE_ID, UNTRAINED
+from vlm_jax.data.images import layout
 
 BUDGETS = {"T": 9, "S": 7, "K": 3, "C": 2, "F": 4, "H": 2, "W": 2, "P": 2}
 FAMILIES = {
     "prefix_fusion": rows.PREFIX_FUSION,
+    "interpolated_fusion": rows.INTERPOLATED_FUSION,
     "cross_attention": rows.CROSS_ATTENTION,
     "encoder_decoder": rows.ENCODER_DECODER,
     "dual_encoder": rows.DUAL_ENCODER,
     "captioning_dual_encoder": rows.CAPTIONING_DUAL_ENCODER,
     "single_stream": rows.SINGLE_STREAM,
 }
+
+
+def text(*ids: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and labels, of which all but the first and the images are trained."""
+    array = np.array(ids, np.int32)
+    return array, np.where((array == IMAGE_ID) | (np.arange(len(ids)) == 0), UNTRAINED, array)
 
 
 def tile(value: int, count: int = 1) -> np.ndarray:
@@ -26,7 +37,7 @@ def tile(value: int, count: int = 1) -> np.ndarray:
 def test_a_row_places_every_feature_and_shifts_the_labels() -> None:
     ids = np.array([1, IMAGE_ID, 5, IMAGE_ID, 6, 2], np.int32)
     labels = np.array([UNTRAINED] * 4 + [6, 2], np.int32)
-    row = rows.fusion_row(ids, labels, [tile(1), tile(2, count=2)], patches_per_tile=2, size=2)
+    row = rows.fusion_row(ids, labels, [tile(1), tile(2, count=2)], [flat(1, 2), flat(2, 2)], ImageSettings(2, 2))
     assert row["tokens"].tolist() == [1, 0, 0, 5, 0, 0, 0, 0, 6, 2]
     assert row["visual_index"].tolist() == [-1, 0, 1, -1, 2, 3, 4, 5, -1, -1]
     assert row["labels"].tolist() == [UNTRAINED] * 7 + [6, 2, UNTRAINED]
@@ -37,9 +48,54 @@ def test_a_row_places_every_feature_and_shifts_the_labels() -> None:
 
 
 def test_a_row_without_images_has_no_tiles() -> None:
-    row = rows.fusion_row(np.array([1, 5], np.int32), np.array([UNTRAINED, 5], np.int32), [], 2, size=2)
+    row = rows.fusion_row(*text(1, 5), [], [], ImageSettings(2, 2))
     assert row["tiles"].shape == (0, 2, 2, 3) and row["visual_inverse"].shape == (0,)
     assert row["labels"].tolist() == [5, UNTRAINED]
+
+
+# Tiles of 2 x 2 features, canvases of up to 3 x 3 tiles; with `most`, maps of more than two tiles shrink.
+CANVASES = tuple((8 * w, 8 * h) for w in range(1, 4) for h in range(1, 4))
+ANYRES = ImageSettings(8, 4, "anyres", "spatial_unpad", CANVASES)
+
+
+def pixels(width: int, height: int) -> np.ndarray:
+    return np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("most", [None, 2])
+def test_images_of_any_sizes_stand_in_one_batch(most: int | None) -> None:
+    """What each position shows, and the inverse of it, are one sparse matrix, written by rows and by columns."""
+    settings = dataclasses.replace(ANYRES, max_tiles=most)
+    made, rooms = [], []
+    for sizes in [[(30, 30)], [], [(9, 40), (8, 8), (100, 20)], [(300, 7)]]:
+        pictures = [pixels(*size) for size in sizes]
+        layouts = [layout(size, settings) for size in sizes]
+        ids, labels = text(1, *[IMAGE_ID, 5] * len(sizes), 6)
+        tiles = [process(picture, settings) for picture in pictures]
+        made.append(rows.fusion_row(ids, labels, tiles, layouts, settings))
+        rooms.append([len(one.places) for one in layouts])
+        assert len(made[-1]["tokens"]) == rows.expanded_length(ids, layouts) == 2 + sum(1 + n for n in rooms[-1])
+    K = max(len(row["tiles"]) for row in made) + 1
+    T = max(len(row["tokens"]) for row in made) + 2
+    budgets = {"T": T, "K": K, "P": 4, "H": 8, "W": 8}
+    batch = rows.collate([*made, None], rows.fusion_fields(settings), budgets)
+    index, inverse = batch["visual_index"], batch["visual_inverse"]
+    if most is None:
+        index, inverse = index[..., None], inverse[..., None]
+    weight = batch.get("visual_weight", (index >= 0).astype(np.float32))
+    back = batch.get("visual_inverse_weight", (inverse >= 0).astype(np.float32))
+    for b, room in enumerate([*rooms, []]):
+        shows, shown = np.zeros((2, T, 4 * K), np.float32)
+        at = np.nonzero((index[b] >= 0) & (index[b] < 4 * K))
+        np.add.at(shows, (at[0], index[b][at]), weight[b][at])
+        at = np.nonzero(inverse[b] >= 0)
+        np.add.at(shown, (inverse[b][at], at[0]), back[b][at])
+        np.testing.assert_array_equal(shows, shown)
+        newlines = index[b, :, 0] == 4 * K
+        np.testing.assert_allclose(shows.sum(1) + newlines, (index[b, :, 0] >= 0), atol=1e-6)
+        assert (index[b, :, 0] >= 0).sum() == sum(room)
+    parts = [(a > 0).sum(-1).max() for name, a in batch.items() if name.endswith("weight")]
+    assert parts == ([] if most is None else [4, 2])  # a position shows four features, a feature stands twice
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,7 +104,7 @@ def test_one_collate_makes_a_batch_of_every_family(family: str) -> None:
     rng = np.random.default_rng(0)
     small = BUDGETS | {"T": 5, "S": 3, "K": 2, "C": 1}
     made = [
-        {name: rng.integers(1, 9, field.shape(sizes)).astype(field.dtype) for name, field in fields.items()}
+        {name: rng.integers(1, 6, field.shape(sizes)).astype(field.dtype) for name, field in fields.items()}
         for sizes in (small, BUDGETS)
     ]
     batch = rows.collate([*made, None], fields, BUDGETS)
@@ -66,6 +122,7 @@ def test_the_fields_are_those_of_the_design() -> None:
     text = {"tokens", "positions", "segment_ids", "labels"}
     place = {"visual_index", "visual_inverse"}
     assert set(rows.PREFIX_FUSION) == text | place | {"tiles", "tile_image"}
+    assert set(rows.INTERPOLATED_FUSION) - set(rows.PREFIX_FUSION) == {"visual_weight", "visual_inverse_weight"}
     assert set(rows.CROSS_ATTENTION) == text | {"tiles", "tile_image", "media_index"}
     encoder = {"encoder_tokens", "encoder_positions", "encoder_segment_ids"}
     assert set(rows.ENCODER_DECODER) == text | place | encoder | {"tiles", "tile_image"}
@@ -74,7 +131,7 @@ def test_the_fields_are_those_of_the_design() -> None:
 
 
 def test_a_row_that_does_not_fit_is_an_error() -> None:
-    row = rows.fusion_row(np.arange(10, dtype=np.int32), np.arange(10, dtype=np.int32), [], 2, size=2)
+    row = rows.fusion_row(*text(*range(10)), [], [], ImageSettings(2, 2))
     with pytest.raises(ValueError, match="does not fit"):
         rows.collate([row], rows.PREFIX_FUSION, BUDGETS)
     with pytest.raises(ValueError, match="the batch"):

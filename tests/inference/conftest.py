@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,16 +85,20 @@ def random_params() -> Callable[..., dict[str, jax.Array]]:
 
 @pytest.fixture(scope="session")
 def make_vlm(byte_tokenizer: Any, random_params: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
-    """The tiny model on a mesh, `make_vlm(devices=1, fsdp=-1, tensor=1)`; the weights are the same on any."""
+    """The tiny model on a mesh, `make_vlm(devices=1, fsdp=-1, tensor=1)`; the weights are the same on any. It has a
+    newline where its `images` need one."""
     from vlm_jax.families import make_family
     from vlm_jax.inference.vlm import VLM
     from vlm_jax.sharding import make_mesh
 
-    def make(devices: int = 1, seed: int = 0, template: str = TEMPLATE, **mesh: int) -> VLM:
+    def make(
+        devices: int = 1, seed: int = 0, template: str = TEMPLATE, images: Any = types.MappingProxyType({}), **mesh: int
+    ) -> VLM:
+        images = {"mode": "resize", **images}
         with jax.set_mesh(make_mesh(devices=jax.devices()[:devices], **mesh)):
-            family = make_family(SETTINGS)
+            family = make_family({**SETTINGS, "newline": images.get("merge") == "spatial_unpad"})
             params = random_params(family.bound.abstract, seed)
-            return VLM(family, params, tokenizer=byte_tokenizer, template=template, images=family.images("resize"))
+            return VLM(family, params, tokenizer=byte_tokenizer, template=template, images=family.images(images))
 
     return make
 

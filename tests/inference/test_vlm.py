@@ -111,6 +111,29 @@ def test_greedy_tokens_are_those_of_the_full_forward_without_a_cache(
         arrays["segment_ids"][rows, ends] = 1
 
 
+ANYRES = {"mode": "anyres", "merge": "spatial_unpad", "pinpoints": ((16, 8), (8, 16), (16, 16))}
+
+
+@pytest.mark.parametrize("images", [ANYRES, {**ANYRES, "max_tiles": 1, "several": "pad"}], ids=["anyres", "anyres_max"])
+def test_images_of_any_sizes_are_asked_about_together(make_vlm: Callable[..., VLM], images: dict[str, Any]) -> None:
+    vlm = make_vlm(images=images)
+    rng = np.random.default_rng(0)
+    wide, high, large, small = (
+        rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for w, h in [(40, 20), (11, 30), (90, 80), (3, 3)]
+    )
+    asked = [question("Why?"), question("Why?", wide), question("Why?", high), question("Why?", large, small)]
+    together = vlm.logits(asked)
+    before = vlm.compiled.copy()
+    for one, logits in zip(asked[1:3], together[1:3], strict=True):  # 1e-5: see above
+        np.testing.assert_allclose(vlm.logits([one])[0], logits, rtol=0, atol=1e-5)
+    assert vlm.compiled - before == {"prefill": 1}  # both have three tiles
+    assert [vlm.encode(question("Why?", image)).bucket[1] for image in (wide, large)] == [4, 5]
+    assert np.abs(together[1] - together[2]).max() > 0.1
+    newline = vlm.with_params({**vlm.params, "newline": -vlm.params["newline"]}).logits(asked)
+    moved = np.abs(newline - together).max(1)
+    assert moved[0] < 1e-5 and moved[1:].min() > 0.01
+
+
 @pytest.mark.parametrize("mesh", [{"devices": 8}, {"devices": 2, "fsdp": 1, "tensor": 2}], ids=["fsdp=8", "tensor=2"])
 def test_a_mesh_answers_as_one_device_does(
     make_vlm: Callable[..., VLM],

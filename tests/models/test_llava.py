@@ -115,7 +115,7 @@ def test_layers_above_the_chosen_one_are_not_computed(tiny, feature_layer: int, 
             "equal widths, but the tower gives 32 and the decoder takes 16",
         ),
         ({"vision_changes": {"feature_layer": -4}}, "feature_layer -4 does not exist: there are 2 layers"),
-        ({"vision_changes": {"image_size": 10}}, "image_size 10 is not a multiple of patch_size 4"),
+        ({"vision_changes": {"image_size": 3}}, "image_size 3 does not hold a patch of patch_size 4"),
         ({"decoder_changes": {"num_kv_heads": 3}}, "num_heads 4 is not a multiple of num_kv_heads 3"),
         ({"decoder_changes": {"head_dim": 5}}, "head_dim 5 is odd"),
         ({"decoder_changes": {"rope_scaling": {"kind": "dynamic", "factor": 2.0}}}, "'dynamic' is not one of linear,"),
@@ -143,6 +143,26 @@ def size(family, prefix: str, leaf: str = "kernel") -> int:
     return sum(
         math.prod(a.shape) for p, a in family.bound.abstract.items() if p.startswith(prefix) and p.endswith(leaf)
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"mode": "pad", "marge": "flat"},
+            "config.images has no setting 'marge' (did you mean 'merge'?); it has mode, ",
+        ),
+        ({"size": 336}, "config.images has no setting 'size'"),
+        ({"mode": "anyres", "pinpoints": [[16, 12]]}, "images.pinpoints has [16, 12]; give pairs of multiples of 8"),
+        ({"mode": "pad", "merge": "spatial_unpad"}, "set config.model.newline to True"),
+    ],
+)
+def test_a_mistake_in_the_images_is_one_sentence(tiny, settings: dict, says: str) -> None:
+    family = tiny.family("siglip_vit")
+    assert family.images({"mode": "pad"}).features_per_tile == tiny.PATCHES
+    with pytest.raises(UsageError) as error:
+        family.images(settings)
+    assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_flops_of_text_are_six_per_weight_and_token(tiny) -> None:

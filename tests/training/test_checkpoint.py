@@ -81,7 +81,7 @@ def test_a_state_comes_back_bit_for_bit_on_any_mesh(tmp_path: Path) -> None:
         made = placed(made)
         checkpoints = Checkpoints(str(tmp_path / "checkpoints"))
         assert checkpoints.latest() is None
-        checkpoints.save_frozen(made)
+        checkpoints.save_start(made)
         checkpoints.save(made, {"stage": "align", "steps": 10})
         checkpoints.wait()
         checkpoints.close()
@@ -100,7 +100,7 @@ def saved(tmp_path: Path):
     """Three steps saved on one device, of which the last two are kept; the folder and the state."""
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
         checkpoints = Checkpoints(str(tmp_path), keep=2)
-        checkpoints.save_frozen(state())
+        checkpoints.save_start(state())
         for steps in (1, 2, 3):
             checkpoints.save(state(steps), {"stage": "only"})
         checkpoints.wait()
@@ -112,7 +112,7 @@ def test_saving_copies_what_the_next_step_reuses(tmp_path: Path) -> None:
     with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
         made, wanted = state(1), state(1)
         checkpoints = Checkpoints(str(tmp_path))
-        checkpoints.save_frozen(made)
+        checkpoints.save_start(made)
         checkpoints.save(made, {})
         jax.jit(lambda s: jax.tree.map(lambda a: a * 0, s), donate_argnums=0)(made)
         checkpoints.wait()
@@ -122,7 +122,7 @@ def test_saving_copies_what_the_next_step_reuses(tmp_path: Path) -> None:
 
 def test_what_is_frozen_is_written_once_and_steps_are_few(saved: tuple[Path, TrainState]) -> None:
     folder, _ = saved
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"frozen", "2", "3"}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"frozen", "start", "2", "3"}
     for step in ("2", "3"):
         assert not [path for path in (folder / step).rglob("*") if "tower" in path.name]
     assert "tower" in (folder / "frozen" / "_METADATA").read_text()

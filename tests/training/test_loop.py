@@ -49,7 +49,7 @@ class Recorder:
         self.events.append(("read", start))
         try:
             while True:
-                yield SimpleNamespace(arrays={}, bucket=(8, 1), samples=4, tokens=32, real_tokens=20)
+                yield SimpleNamespace(arrays={}, bucket=(8, 1), samples=4, tokens=32, real_tokens=20, bad={})
         finally:
             self.events.append(("closed", None))
 

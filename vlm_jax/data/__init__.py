@@ -1,15 +1,16 @@
 """Data: from files of records to batches of fixed shapes. `vlm_jax.data.loader.Loader` makes the batches of a run.
 
-record (records, formats, sources) → ids, labels (conversation, templates) and tiles (images, resize) → row (rows)
-→ its place in the run (order) → read in threads and workers (reading) → batch (loader)
+record (records, formats, sources) → ids, labels (conversation, templates) and tiles (images, anyres, resize)
+→ row (rows) → its place in the run (order) → read in threads and workers (reading) → batch (loader)
 """
 
+from vlm_jax.data.chat_template import chat_template, template_of
 from vlm_jax.data.conversation import IMAGE_ID, UNTRAINED, Prompt, encode_conversation, encode_prompt
 from vlm_jax.data.formats import parse_record
 from vlm_jax.data.images import ImageSettings, normalise, open_image, process
 from vlm_jax.data.records import BAD_KINDS, BadRecord, Image, Message, Record
 from vlm_jax.data.sources import SourceSpec, open_source, resolve
-from vlm_jax.data.templates import TEMPLATES
+from vlm_jax.data.templates import TEMPLATES, template_for
 
 __all__ = [
     "BAD_KINDS",
@@ -23,6 +24,7 @@ __all__ = [
     "Prompt",
     "Record",
     "SourceSpec",
+    "chat_template",
     "encode_conversation",
     "encode_prompt",
     "normalise",
@@ -31,4 +33,6 @@ __all__ = [
     "parse_record",
     "process",
     "resolve",
+    "template_for",
+    "template_of",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlm_jax.data.records import BAD_KINDS
+from vlm_jax.data.records import BAD_KINDS, TOLERATED
 from vlm_jax.errors import UsageError
 
 KINDS = tuple(BAD_KINDS)
@@ -23,7 +23,7 @@ class BadRecordList:
     of step s and later are removed, since a resumed run delivers those batches again; so nothing is listed twice. The
     lines of other stages stay. The files of a run with more processes are divided among the processes there are now.
 
-    counts: by kind, of this stage and this process's files. examples: the first lines.
+    counts: by kind, of this stage and this process's files. examples: the first lines of what may stop a run.
     """
 
     def __init__(
@@ -56,17 +56,25 @@ class BadRecordList:
     def _count(self, lines: Iterable[Mapping[str, Any]]) -> None:
         for line in lines:
             self.counts[line["kind"]] += 1
-            if len(self.examples) < EXAMPLES:
+            if len(self.examples) < EXAMPLES and line["kind"] not in TOLERATED:
                 self.examples.append(line)
 
     def check(self, counts: Mapping[str, int], seen: int, samples: int, allowed: float) -> None:
         """Raises UsageError when too many records are bad.
 
         counts: by kind, of all processes. seen: samples delivered so far. samples: of an epoch. allowed: the fraction
-          of those seen that may be bad; of the first thousand (or the whole set) from the start.
+          of those seen that may be bad; of the first thousand (or the whole set) from the start. Tolerated kinds do not
+          count, unless every record is dropped.
         """
+        first = max(seen, min(1000, samples))
+        if counts.get("mismatch", 0) >= first:
+            raise UsageError(
+                f"compat_drop_mismatch drops all of the first {first} records, as LLaVA does with this template; set "
+                "compat_drop_mismatch=False in the stage"
+            )
+        counts = {kind: count for kind, count in counts.items() if kind not in TOLERATED}
         bad = sum(counts.values())
-        if bad <= allowed * max(seen, min(1000, samples)):
+        if bad <= allowed * first:
             return
         kinds = "; ".join(f"{count} {kind} ({BAD_KINDS[kind]})" for kind, count in counts.items() if count)
         where = f", all listed in {self._file.with_name('bad_records-*.jsonl')}" if self._file is not None else ""

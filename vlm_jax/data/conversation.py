@@ -8,6 +8,7 @@ piece. Nothing is tokenised twice and counted, which is where the reference lose
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,14 +16,16 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.data.formats import parse_turns
+from vlm_jax.data.mismatch import mismatched
 from vlm_jax.data.records import BadRecord, Image, Message, Part, Record
 from vlm_jax.data.templates import Template, Trained, get_template
 from vlm_jax.errors import UsageError, suggest
 
 IMAGE_ID = -200
 UNTRAINED = -100
+PLACEMENTS = ("as_is", "first", "last", "random")
 
-SLOT = re.compile(r"(\{(?:content|images|system|eos)\})")
+SLOT = re.compile(r"(\{(?:content|images|system|bos|eos)\})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Prompt:
 
     input_ids: int32 [L], an image is one position holding -200.
     images: the images in the messages, in the order of their positions; None for one that the messages do not name.
-    stop_ids: a generated token that ends the answer. stop_strings: the same where a tokenizer has no token for it.
+    stop_ids: a generated token that ends the answer. stop_strings: text that does; a tokenizer may have no token for
+      it, or more than one.
     """
 
     input_ids: np.ndarray
@@ -41,23 +45,37 @@ class Prompt:
 
 
 def encode_conversation(
-    conversation: Any, template: str = "vicuna_v1", *, tokenizer: Any, image_placement: str = "first"
+    conversation: Any,
+    template: str = "vicuna_v1",
+    *,
+    tokenizer: Any,
+    image_placement: str = "first",
+    seed: int | Sequence[int] = 0,
+    compat_drop_mismatch: bool = False,
 ) -> dict[str, np.ndarray]:
     """Token ids and labels of a whole conversation.
 
     conversation: LLaVA's [{"from", "value"}, ...], chat messages, or a Record.
     tokenizer: a fast tokenizer of transformers. Its BOS stands first if it adds one itself.
-    image_placement: "first" moves the only image of a message before its text, with a newline between, and strips the
-      text (LLaVA's preprocess_multimodal); "as_is" leaves it. Several images in a message always stay where they are.
+    image_placement: where the only image of a message stands. "first" moves it before the text, with a newline between,
+      and strips the text (LLaVA's preprocess_multimodal); "last" moves it behind; "random" is one of these, drawn for
+      the conversation from `seed` (LLaVA 1.0, section 4.2 of the paper); "as_is" leaves it. Several images in a message
+      always stay where they are.
+    compat_drop_mismatch: masks what LLaVA masks wholly because it counts its tokens otherwise (`data/mismatch.py`).
     Returns input_ids int32 [L] and labels int32 [L], aligned: an image is one position holding -200, an untrained label
       is -100.
     Raises UsageError for an unknown template or placement; BadRecord("malformed") for a conversation that does not
       alternate, or that the template cannot hold.
     """
     shape = get_template(template)
-    messages = _placed(_messages(conversation)[0], image_placement)
+    messages = _placed(_messages(conversation)[0], image_placement, seed)
     _check(messages, shape, template)
-    return _encode(list(_pieces(messages, shape, tokenizer)), tokenizer)
+    encoded = _encode(list(_pieces(messages, shape, tokenizer)), shape, tokenizer)
+    if compat_drop_mismatch and shape.rounds is not None:
+        pieces = list(_pieces(messages, shape, tokenizer, silent=shape.rounds.silent))
+        if mismatched(pieces, shape.rounds, tokenizer, begins=_begins(tokenizer)):
+            encoded["labels"][:] = UNTRAINED
+    return encoded
 
 
 def encode_prompt(
@@ -65,16 +83,32 @@ def encode_prompt(
 ) -> Prompt:
     """Token ids up to where the assistant's answer begins, for generation; the last message is the user's.
 
-    Arguments and errors as for `encode_conversation`.
+    Arguments and errors as for `encode_conversation`; with "random" placement images stand first.
     """
     shape = get_template(template)
+    shape = shape.prompted or shape
     given, images = _messages(conversation)
-    messages = _placed(given, image_placement)
+    messages = _placed(given, "first" if image_placement == "random" else image_placement)
     _check(messages, shape, template, prompt=True)
-    ids = _encode([*_pieces(messages, shape, tokenizer, end=False), shape.prompt], tokenizer)["input_ids"]
-    stops = {stop: _token(tokenizer, stop) for stop in (_fill(stop, tokenizer) for stop in shape.stop) if stop}
-    known = dict.fromkeys(number for number in stops.values() if number is not None)
-    return Prompt(ids, images, tuple(known), tuple(stop for stop, number in stops.items() if number is None))
+    ids = _encode([*_pieces(messages, shape, tokenizer, end=False), shape.prompt], shape, tokenizer)["input_ids"]
+    stops = [stop for stop in (_fill(stop, tokenizer) for stop in shape.stop) if stop]
+    numbers = {stop: _token(tokenizer, stop) for stop in stops}
+    known = dict.fromkeys(number for number in numbers.values() if number is not None)
+    # A mark of the tokenizer's own is always that one token; other text may be made of several.
+    marks = tokenizer.added_tokens_decoder
+    strings = tuple(stop for stop in stops if numbers[stop] not in marks)
+    return Prompt(ids, images, tuple(known), strings)
+
+
+def begin_with_user(record: Record) -> tuple[Record, str]:
+    """The record without an assistant's message before the user's first, as LLaVA trains on it, and what was left out
+    (empty if nothing was). A message with an image is not left out: such a record stays, and is malformed."""
+    at = 1 if record.messages and record.messages[0].role == "system" else 0
+    first = record.messages[at] if at < len(record.messages) else None
+    if first is None or first.role != "assistant" or any(isinstance(part, Image) for part in first.content):
+        return record, ""
+    kept = dataclasses.replace(record, messages=record.messages[:at] + record.messages[at + 1 :])
+    return kept, f"its first message is the assistant's and is left out: {first.text:.60}"
 
 
 def _messages(conversation: Any) -> tuple[tuple[Message, ...], tuple[Any, ...]]:
@@ -83,18 +117,30 @@ def _messages(conversation: Any) -> tuple[tuple[Message, ...], tuple[Any, ...]]:
     return parse_turns(conversation, given=None)
 
 
-def _placed(messages: Sequence[Message], placement: str) -> list[Message]:
-    if placement not in ("first", "as_is"):
-        raise UsageError(f"unknown image placement {placement!r}{suggest(placement, ('first', 'as_is'))}")
-    return [_image_first(message) if placement == "first" else message for message in messages]
+def check_placement(placement: str) -> None:
+    """Raises UsageError that suggests the nearest."""
+    if placement not in PLACEMENTS:
+        raise UsageError(
+            f"unknown image placement {placement!r}{suggest(placement, PLACEMENTS)}; known: {', '.join(PLACEMENTS)}"
+        )
 
 
-def _image_first(message: Message) -> Message:
+def _placed(messages: Sequence[Message], placement: str, seed: int | Sequence[int] = 0) -> list[Message]:
+    check_placement(placement)
+    if placement == "random":
+        # Raw Philox bits, which no version of numpy will change.
+        placement = ("first", "last")[int(np.random.Philox(np.random.SeedSequence(seed)).random_raw()) & 1]
+    return list(messages) if placement == "as_is" else [_moved(message, placement) for message in messages]
+
+
+def _moved(message: Message, placement: str) -> Message:
     images = [part for part in message.content if isinstance(part, Image)]
     if len(images) != 1:
         return message
     text = message.text.strip()
-    return Message(message.role, (images[0], "\n" + text) if text else (images[0],))
+    if not text:
+        return Message(message.role, (images[0],))
+    return Message(message.role, (images[0], "\n" + text) if placement == "first" else (text + "\n", images[0]))
 
 
 def _check(messages: Sequence[Message], template: Template, name: str, prompt: bool = False) -> None:
@@ -105,67 +151,112 @@ def _check(messages: Sequence[Message], template: Template, name: str, prompt: b
         raise BadRecord("malformed", f"its turns do not alternate, the user's first: {', '.join(turns) or 'none'}")
     if prompt and turns[-1:] != ["user"]:
         raise BadRecord("malformed", "the last message of a prompt is the user's")
-    if template.one_turn and len(turns) != (1 if prompt else 2):
-        raise BadRecord("malformed", f"template {name!r} takes one image and one caption, not {len(turns)} turns")
+    if template.one_turn:
+        if len(turns) != (1 if prompt else 2):
+            raise BadRecord("malformed", f"template {name!r} takes one image and one caption, not {len(turns)} turns")
+    elif len(turns) != len(messages) and not any("{system}" in piece for piece in template.begin):
+        raise BadRecord("malformed", f"template {name!r} has no place for a system message")
 
 
-def _pieces(messages: Sequence[Message], template: Template, tokenizer: Any, end: bool = True) -> Iterator[Part]:
-    """The rendered conversation in order: texts (Trained or not) and images."""
+def _pieces(
+    messages: Sequence[Message],
+    template: Template,
+    tokenizer: Any,
+    end: bool = True,
+    silent: tuple[str, str] | None = None,
+) -> Iterator[Part]:
+    """The rendered conversation in order: texts (Trained or not) and images. `silent` stands for an empty user's and
+    assistant's turn."""
     system, turns = template.system, messages
     if messages[0].role == "system":
         system, turns = messages[0].text, messages[1:]
     formats = {"user": template.user, "assistant": template.assistant}
-    begin = template.begin if system else ()
-    rendered = [(begin, ())] + [(formats[turn.role], turn.content) for turn in turns]
-    if template.first_user is not None:
-        rendered[1] = (template.first_user, turns[0].content)
+    rendered: list[tuple[tuple[str, ...], tuple[Part, ...]]] = [(template.begin if system else template.bare, ())]
+    for number, turn in enumerate(turns):
+        formatted = formats[turn.role]
+        if number == 0 and template.first_user is not None:
+            formatted = template.first_user
+        if silent is not None and not turn.content:
+            formatted = (silent[number % 2],)
+        rendered.append((formatted, turn.content))
     if end:
         rendered.append((template.end, ()))
+    before, _, after = template.image.partition("{image}")
     for formatted, content in rendered:
         for piece in formatted:
             kind = type(piece)
             for text in SLOT.split(piece):
-                if text == "{content}":
-                    yield from (part if isinstance(part, Image) else kind(part) for part in content)
-                elif text == "{images}":
-                    yield from (part for part in content if isinstance(part, Image))
-                elif text == "{system}":
-                    yield kind(system)
+                if text in ("{content}", "{images}"):
+                    for part in content:
+                        if isinstance(part, Image):
+                            yield from (kind(before), part, kind(after))
+                        elif text == "{content}":
+                            yield kind(part)
                 else:
-                    yield kind(_fill(text, tokenizer))
+                    yield kind(system if text == "{system}" else _fill(text, tokenizer))
 
 
 def _fill(text: str, tokenizer: Any) -> str:
-    return text.replace("{eos}", tokenizer.eos_token or "")
+    return text.replace("{bos}", tokenizer.bos_token or "").replace("{eos}", tokenizer.eos_token or "")
 
 
-def _encode(pieces: Sequence[Part], tokenizer: Any) -> dict[str, np.ndarray]:
+def _encode(pieces: Sequence[Part], template: Template, tokenizer: Any) -> dict[str, np.ndarray]:
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(
             f"{type(tokenizer).__name__} does not say which characters a token covers; load the tokenizer with "
             "transformers.AutoTokenizer, which gives the fast one"
         )
-    ids = [tokenizer.bos_token_id] if _begins(tokenizer) else []
+    begins = _begins(tokenizer)
+    ids = [tokenizer.bos_token_id] if begins else []
     labels = [UNTRAINED] * len(ids)
-    text, trained = "", []  # the stretch since the last image, and whether each of its characters is trained
-    for piece in [*pieces, None]:
-        if isinstance(piece, str):
-            text += piece
-            trained += [isinstance(piece, Trained)] * len(piece)
-            continue
-        if text:
-            _check_unicode(text)
-            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            ids += encoded["input_ids"]
-            labels += [
-                number if any(trained[start : max(stop, start + 1)]) else UNTRAINED
-                for number, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-            ]
-        if piece is not None:
+    for stretch in _stretches(pieces, template.apart):
+        if isinstance(stretch, Image):
             ids.append(IMAGE_ID)
             labels.append(UNTRAINED)
-        text, trained = "", []
+            continue
+        text = "".join(stretch)
+        _check_unicode(text)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        trained = [flag for piece in stretch for flag in [isinstance(piece, Trained)] * len(piece)]
+        ids += encoded["input_ids"]
+        labels += [
+            number if any(trained[start : max(stop, start + 1)]) else UNTRAINED
+            for number, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+    if template.always:
+        always = _numbers(tokenizer, template.always)
+        labels = [number if number in always else label for number, label in zip(ids, labels, strict=True)]
+    if template.late and begins:
+        labels = _late(ids, labels)
     return {"input_ids": np.array(ids, np.int32), "labels": np.array(labels, np.int32)}
+
+
+def _stretches(pieces: Sequence[Part], apart: bool) -> Iterator[Image | list[str]]:
+    """The images, and between them the texts that are tokenised together."""
+    together: list[str] = []
+    for piece in pieces:
+        cut = isinstance(piece, Image) or (apart and together and type(piece) is not type(together[-1]))
+        if cut and together:
+            yield together
+            together = []
+        if isinstance(piece, Image):
+            yield piece
+        elif piece:
+            together.append(piece)
+    if together:
+        yield together
+
+
+def _late(ids: Sequence[int], labels: Sequence[int]) -> list[int]:
+    """Labels with the untrained part of each user's turn where the reference's count puts it (`Template.late`)."""
+    moved = [UNTRAINED if number == IMAGE_ID else number for number in ids]
+    edges = [i for i in range(1, len(labels)) if (labels[i] == UNTRAINED) != (labels[i - 1] == UNTRAINED)]
+    header, *edges = [*edges, len(labels)]
+    moved[:header] = [UNTRAINED] * header
+    for turn, (start, stop) in enumerate(zip(edges[::2], edges[1::2], strict=False)):
+        start, stop = start + 2 * turn, min(stop + 2 * turn + 1, len(moved))
+        moved[start:stop] = [UNTRAINED] * (stop - start)
+    return moved
 
 
 def _check_unicode(text: str) -> None:
@@ -176,11 +267,19 @@ def _check_unicode(text: str) -> None:
         raise BadRecord("malformed", f"its text has half a character, \\u{ord(text[error.start]):04x}") from None
 
 
+@functools.lru_cache(maxsize=8)
 def _begins(tokenizer: Any) -> bool:
     """Whether texts begin with BOS: if the tokenizer adds one itself, and for Llama's opened from a bare
     `tokenizer.model`, whose documented default transformers 5 forgets."""
     bare = "Llama" in type(tokenizer).__name__ and "add_bos_token" not in tokenizer.init_kwargs
     return bare or tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+@functools.lru_cache(maxsize=8)
+def _numbers(tokenizer: Any, texts: tuple[str, ...]) -> frozenset[int]:
+    """The ids of those texts that are one token."""
+    encoded = tokenizer(list(texts), add_special_tokens=False).input_ids
+    return frozenset(ids[0] for ids in encoded if len(ids) == 1)
 
 
 def _token(tokenizer: Any, text: str) -> int | None:

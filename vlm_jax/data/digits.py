@@ -10,7 +10,8 @@ canvases of `eval.json` show only scans that neither `train.json` nor `align.jso
     DIR/train.json   conversations of one to three turns about one canvas
     DIR/eval.json    one question per record, so that exact match counts questions; `kind` and `scans` say which sort
     DIR/images/      {align,train,eval}/*.png
-    DIR/tokenizer/   word-level tokenizer, opens with `transformers.AutoTokenizer`
+    DIR/tokenizer/   word-level tokenizer, opens with `transformers.AutoTokenizer`; tokenizer_chat/ also knows the words
+                     of other chat templates
     DIR/digits.json  the settings it was made with; its presence says that the directory is complete
 
 Every record keeps `scans` (how many are on the canvas) and `layout` ([[cell, digit, number of the scan], ...] in
@@ -110,8 +111,11 @@ VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 PHRASES = (VICUNA_SYSTEM, "USER:", "ASSISTANT:", *CELLS)
+# What `mistral_instruct`, `llava_llama_2` and the ChatML templates need beside them, for the recipes at a tiny size.
+MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|im_start|>", "<|im_end|>", "system", "user", "assistant")
+SYSTEMS = ("Answer the questions.", "You are a helpful assistant.")
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-WORDS = "\\n|" + "|".join(map(re.escape, PHRASES)) + r"|\w+|[^\w\s]"  # spaces stand in no token
+WORDS = r"\n|{phrases}|\w+|[^\w\s]"  # spaces stand in no token
 
 Layout = list[tuple[int, int, int]]  # (cell, digit, number of the scan), in reading order
 Record = dict[str, Any]
@@ -206,6 +210,7 @@ def _write(directory: Path, samples: dict[str, int], seed: int) -> None:
         lines = (json.dumps({"id": f"digits-{split}-{i:05d}", **record}) for i, record in enumerate(records))
         (directory / f"{split}.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
     save_tokenizer(directory / "tokenizer")
+    save_tokenizer(directory / "tokenizer_chat", more=(*MARKERS, *SYSTEMS))
 
 
 # ----------------------------------------------------------------------------------------------------------- scans
@@ -399,12 +404,13 @@ def draw_scans(atlas: np.ndarray, scan: np.ndarray, rng: np.random.Generator, ha
 # ------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def save_tokenizer(directory: str | os.PathLike) -> None:
+def save_tokenizer(directory: str | os.PathLike, *, more: Sequence[str] = ()) -> None:
     """Writes the word-level tokenizer of this data set in the form that `AutoTokenizer.from_pretrained` opens.
 
-    Its words are those of all questions and answers and of the templates `plain` and `vicuna_v1`; a number, the name
-    of a cell and the system sentence are one word each. A word is the same token wherever it stands, whatever spaces
-    are around it, so that text encoded in pieces gives the tokens of the whole; the decoder puts the spaces back.
+    Its words are those of all questions and answers and of the templates `plain` and `vicuna_v1`, then `more`; a
+    number, the name of a cell, the system sentence and each of `more` are one word. A word is the same token wherever
+    it stands, whatever spaces are around it, so that text encoded in pieces gives the tokens of the whole; the decoder
+    puts the spaces back.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -412,11 +418,12 @@ def save_tokenizer(directory: str | os.PathLike) -> None:
     texts = [str(number) for number in range(9 * len(CELLS) + 1)]
     for layout in ([(0, 7, 0)], [(cell, cell, 0) for cell in range(4)]):
         texts += [text for turns in questions(layout).values() for turn in turns for text in turn]
-    found = (re.findall(WORDS, text) for text in ["\n", *PHRASES, *texts, "odd even"])
+    pattern = WORDS.format(phrases="|".join(map(re.escape, (*PHRASES, *more))))
+    found = (re.findall(pattern, text) for text in ["\n", *PHRASES, *texts, "odd even", *more])
     words = dict.fromkeys([*SPECIAL_TOKENS.values(), *itertools.chain.from_iterable(found)])
 
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, SPECIAL_TOKENS["unk_token"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), "removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     bos = SPECIAL_TOKENS["bos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -1,4 +1,4 @@
-"""Images: opened safely, then brought to the square of pixels that a vision tower takes.
+"""Images: opened safely, then brought to the squares of pixels that a vision tower takes.
 
 Safely: a path of a data set never leads out of its images folder or to another machine, only formats of photographs and
 screenshots are decoded, and the header's size is checked before a pixel is. Orientation tags (EXIF) are not applied:
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import stat
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from vlm_jax.data import anyres
+from vlm_jax.data.anyres import Layout, Size
 from vlm_jax.data.records import BadRecord
 from vlm_jax.data.resize import resize
 from vlm_jax.errors import UsageError, suggest
@@ -33,29 +36,110 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """How an image becomes the tile of a vision tower.
+    """How an image becomes tiles of a vision tower, and how their features stand in the token row.
 
-    size: side of the tile in pixels.
+    size: side of a tile in pixels. features_per_tile: P, what the connector gives for each. mean, std: per channel, of
+      pixels scaled to 0..1; tiles stay uint8 on the host, and the model subtracts and divides. These four are the
+      model's; the others are `config.images`.
     mode: "square" resizes the shortest side and crops the centre (CLIP); "pad" first pads to a square with the mean
-      colour (LLaVA-1.5's expand2square); "resize" squashes (SigLIP).
-    mean, std: per channel, of pixels scaled to 0..1. Tiles stay uint8 on the host: the model subtracts and divides.
+      colour (LLaVA-1.5); "resize" squashes (SigLIP); "anyres" gives the squashed image and, besides, tiles of the
+      image at a higher resolution (LLaVA-1.6).
+    several: the mode of images that share a record with others; None: `mode`. LLaVA-NeXT trains these with "pad";
+      at inference LLaVA and Hugging Face keep anyres.
+    merge: "flat" takes the features tile by tile; "spatial" in the rows of the image, after those of the squashed one;
+      "spatial_unpad" also drops the padding and ends each row with the model's newline, and an image of one tile with
+      one newline.
+    pinpoints: the canvases that anyres may choose from, multiples of `size`, each in the order of `pinpoint_order`:
+      "wh" as LLaVA's configs write them, "hw" as Hugging Face's. The order decides between equally good canvases, and
+      "hw" also rounds as transformers does: keep the order that the weights were trained with.
+    max_tiles: anyres_max_N, which shrinks larger maps of features to about N tiles; None does not.
     """
 
     size: int
+    features_per_tile: int
     mode: str = "square"
+    merge: str = "flat"
+    pinpoints: tuple[Size, ...] = ()
+    pinpoint_order: str = "wh"
+    max_tiles: int | None = None
+    several: str | None = None
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UsageError(f"unknown image mode {self.mode!r}{suggest(self.mode, MODES)}; known: {', '.join(MODES)}")
         if self.size < 1:
             raise UsageError(f"image size is {self.size}; give at least 1 pixel")
+        modes = (*ONE_TILE, "anyres")
+        for what, value, known in (
+            ("image mode", self.mode, modes),
+            ("image mode", self.several or self.mode, modes),
+            ("images.merge", self.merge, MERGES),
+            ("images.pinpoint_order", self.pinpoint_order, ORDERS),
+        ):
+            if value not in known:
+                raise UsageError(f"unknown {what} {value!r}{suggest(str(value), known)}; known: {', '.join(known)}")
+        if self.merge != "flat" and math.isqrt(self.features_per_tile) ** 2 != self.features_per_tile:
+            raise UsageError(
+                f"images.merge {self.merge!r} needs a square of features per tile, but there are "
+                f"{self.features_per_tile}; set it to 'flat'"
+            )
+        if self.max_tiles is not None and (not isinstance(self.max_tiles, int) or self.max_tiles < 1):
+            raise UsageError(f"images.max_tiles is {self.max_tiles!r}; give a number of tiles, or None")
+        if self.max_tiles is not None and self.merge != "spatial_unpad":
+            raise UsageError(f"images.max_tiles works with images.merge 'spatial_unpad', not {self.merge!r}")
+        for point in self.pinpoints:
+            pair = isinstance(point, (list, tuple)) and len(point) == 2 and all(isinstance(n, int) for n in point)
+            if not pair or any(n < 1 or n % self.size for n in point):
+                raise UsageError(f"images.pinpoints has {point!r}; give pairs of multiples of {self.size} pixels")
+        object.__setattr__(self, "pinpoints", tuple((int(a), int(b)) for a, b in self.pinpoints))
+        if "anyres" in (self.mode, self.several) and not self.pinpoints:
+            raise UsageError("images.mode 'anyres' needs images.pinpoints, such as ((672, 672), (336, 1008))")
+
+    @property
+    def canvases(self) -> tuple[Size, ...]:
+        """The pinpoints as (width, height), in their order. Here and nowhere else is `pinpoint_order` undone."""
+        return self.pinpoints if self.pinpoint_order == "wh" else tuple((w, h) for h, w in self.pinpoints)
+
+    @property
+    def most_tiles(self) -> int:
+        """Tiles of one image, at most."""
+        grids = [1 + w * h // self.size**2 for w, h in self.canvases] if "anyres" in (self.mode, self.several) else []
+        return max([1, *grids])
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a position may hold several features with weights."""
+        return self.max_tiles is not None and "anyres" in (self.mode, self.several)
+
+    def of(self, images: int) -> ImageSettings:
+        """Those of a record with so many images."""
+        return dataclasses.replace(self, mode=self.several) if self.several and images > 1 else self
+
+
+def layout(size: Size, settings: ImageSettings) -> Layout:
+    """Tiles and places of an image of this (width, height)."""
+    features = settings.features_per_tile
+    if settings.mode != "anyres":
+        one = anyres.flat(1, features)
+        newline = settings.merge == "spatial_unpad"
+        return Layout(1, np.append(one.places, np.int32(anyres.NEWLINE))) if newline else one
+    wide, high = anyres.best_canvas(size, settings.canvases)
+    grid = wide // settings.size, high // settings.size
+    if settings.merge == "flat":
+        return anyres.flat(1 + grid[0] * grid[1], features)
+    if settings.merge == "spatial":
+        return anyres.spatial(grid, features)
+    rounded = settings.pinpoint_order == "hw"
+    return anyres.unpadded(size, grid, features, rounded=rounded, most=settings.max_tiles)
 
 
 def process(pixels: np.ndarray, settings: ImageSettings) -> np.ndarray:
-    """uint8 [H, W, 3] -> [size, size, 3]: what Hugging Face's processors make on Pillow, before they normalise."""
-    return MODES[settings.mode](pixels, settings)
+    """uint8 [H, W, 3] -> tiles [k, size, size, 3]: what Hugging Face's processors make on Pillow, before they
+    normalise. k is that of `layout`."""
+    if settings.mode != "anyres":
+        return ONE_TILE[settings.mode](pixels, settings)[None]
+    canvas = anyres.best_canvas((pixels.shape[1], pixels.shape[0]), settings.canvases)
+    return anyres.cut(pixels, canvas, settings.size)
 
 
 def _square(pixels: np.ndarray, settings: ImageSettings) -> np.ndarray:
@@ -82,7 +166,9 @@ def _squash(pixels: np.ndarray, settings: ImageSettings) -> np.ndarray:
     return resize(pixels, (settings.size, settings.size))
 
 
-MODES = {"square": _square, "pad": _pad, "resize": _squash}
+ONE_TILE = {"square": _square, "pad": _pad, "resize": _squash}
+MERGES = ("flat", "spatial", "spatial_unpad")
+ORDERS = ("wh", "hw")
 
 
 def normalise(tiles: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -101,13 +187,31 @@ def open_image(image: Any, root: str | os.PathLike | None = None) -> np.ndarray:
     image: a path relative to `root`, encoded bytes, a PIL image, or pixels as returned here.
     Raises BadRecord: "unsafe_path", "missing_image", "image_too_large", "broken_image", "malformed".
     """
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-        return image
-    if isinstance(image, (bytes, bytearray, memoryview, Image.Image)):
-        return _decode(image, "the image")
-    if not isinstance(image, (str, os.PathLike)):
-        raise BadRecord("malformed", f"an image is a {type(image).__name__}; give a path, bytes or a PIL image")
-    return _decode(_read(os.fspath(image), root), f"image {os.fspath(image)!r}")
+    return Picture(image, root).pixels()
+
+
+class Picture:
+    """An image of which the header is read: `size` (width, height) is known, and `pixels()` decodes the rest.
+
+    Arguments and errors as for `open_image`.
+    """
+
+    def __init__(self, image: Any, root: str | os.PathLike | None = None):
+        self._pixels: np.ndarray | None = None
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+            self._pixels, self.size = image, (image.shape[1], image.shape[0])
+            return
+        self._source, self._name = image, "the image"
+        if isinstance(image, (str, os.PathLike)):
+            self._source, self._name = _read(os.fspath(image), root), f"image {os.fspath(image)!r}"
+        elif not isinstance(image, (bytes, bytearray, memoryview, Image.Image)):
+            raise BadRecord("malformed", f"an image is a {type(image).__name__}; give a path, bytes or a PIL image")
+        self._image = _open(self._source, self._name)
+        self.size = self._image.size
+
+    def pixels(self) -> np.ndarray:
+        """uint8 [H, W, 3]. Raises BadRecord("broken_image")."""
+        return _decode(self._image, self._source, self._name) if self._pixels is None else self._pixels
 
 
 def _read(path: str, root: str | os.PathLike | None) -> bytes:
@@ -135,7 +239,7 @@ def _read(path: str, root: str | os.PathLike | None) -> bytes:
         raise BadRecord("missing_image", f"image {path!r} in {base} cannot be read: {error.strerror}") from None
 
 
-def _decode(source: Any, name: str) -> np.ndarray:
+def _open(source: Any, name: str) -> Image.Image:
     try:
         image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source), formats=FORMATS)
         width, height = image.size
@@ -147,6 +251,10 @@ def _decode(source: Any, name: str) -> np.ndarray:
         raise BadRecord("broken_image", f"{name} cannot be opened: {error}") from None
     if width * height > MAX_PIXELS:
         raise BadRecord("image_too_large", f"{name} has {width} x {height} pixels; {MAX_PIXELS:,} are allowed")
+    return image
+
+
+def _decode(image: Image.Image, source: Any, name: str) -> np.ndarray:
     if image.format == "JPEG" and image.mode == "RGB" and image is not source:
         # Pillow's pixels (both are libjpeg-turbo) straight into numpy: an image takes a sixth less time.
         with contextlib.suppress(ValueError):  # it is stricter than Pillow, which then has the last word

@@ -24,10 +24,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vlm_jax.data.bad_records import KINDS, BadRecordList
+from vlm_jax.data.conversation import check_placement
 from vlm_jax.data.images import ImageSettings
 from vlm_jax.data.order import Order
 from vlm_jax.data.reading import FusionEncoder, Reader, Sample, read
-from vlm_jax.data.rows import PREFIX_FUSION, Row, collate
+from vlm_jax.data.rows import Row, collate, fusion_fields
 from vlm_jax.data.sources import SourceSpec, open_source
 from vlm_jax.data.templates import get_template
 from vlm_jax.errors import UsageError
@@ -45,7 +46,7 @@ class HostBatch:
     bucket: (T, K), the same on all processes.
     samples: usable samples; tokens: T times rows; real_tokens: those that are no padding. All three of all processes.
     delivered: what became of this process's slots, in their order; empty slots are left out.
-    bad: unusable records so far by kind, of all processes.
+    bad: records so far with which something is wrong, by kind, of all processes.
     """
 
     arrays: Row
@@ -65,7 +66,7 @@ class Loader:
     workers before its end.
 
     sources: files of records, or one path.
-    tokenizer, template, images, patches_per_tile: what makes a row (`FusionEncoder`).
+    tokenizer, template, images, image_placement, compat_drop_mismatch: what makes a row (`FusionEncoder`).
     samples: of a step, over all processes.
     micro_batches, rows: A and R, with A·R at least `samples`; default one micro-batch of just so many rows. What is
       left over is rows of padding.
@@ -88,7 +89,8 @@ class Loader:
         tokenizer: Any,
         template: str,
         images: ImageSettings,
-        patches_per_tile: int,
+        image_placement: str = "first",
+        compat_drop_mismatch: bool = False,
         samples: int,
         lengths: Sequence[int],
         tiles: Sequence[int] = (1,),
@@ -109,10 +111,16 @@ class Loader:
     ):
         specs = (SourceSpec(os.fspath(sources)),) if isinstance(sources, (str, os.PathLike)) else tuple(sources)
         get_template(template)
+        check_placement(image_placement)
         for name, sizes in {"lengths": lengths, "tiles": tiles}.items():
             if not sizes or min(sizes) < 1:
                 raise UsageError(f"buckets.{name} is {tuple(sizes)}; give at least one size, each at least 1")
         self.lengths, self.tiles = tuple(sorted(lengths)), tuple(sorted(tiles))
+        if images.most_tiles > self.tiles[-1]:
+            raise UsageError(
+                f"buckets.tiles ends at {self.tiles[-1]}, but images.pinpoints cut an image into up to "
+                f"{images.most_tiles} tiles, the whole image among them: add {images.most_tiles} to buckets.tiles"
+            )
         self.process_index = jax.process_index() if process_index is None else process_index
         self.process_count = jax.process_count() if process_count is None else process_count
         self.micro_batches = micro_batches
@@ -130,8 +138,12 @@ class Loader:
         self.num_samples, self.steps_per_epoch = self.order.num_samples, self.order.steps_per_epoch
         self.steps = steps if steps is not None else int(np.ceil(self.steps_per_epoch * (epochs or 1.0)))
         self.start_step = start_step
-        self.encode = FusionEncoder(tokenizer, template, images, patches_per_tile, self.lengths[-1], self.tiles[-1])
-        self._budgets = {"H": images.size, "W": images.size, "P": patches_per_tile}
+        longest, most_tiles = self.lengths[-1], self.tiles[-1]
+        self.encode = FusionEncoder(
+            tokenizer, template, images, longest, most_tiles, image_placement, compat_drop_mismatch
+        )
+        self._budgets = {"H": images.size, "W": images.size, "P": images.features_per_tile}
+        self._fields = fusion_fields(images)
         self._workers = workers
         self._max_bad_fraction = max_bad_fraction
         self._bad_records, self._stage = bad_records, stage
@@ -190,7 +202,7 @@ class Loader:
         samples, real_tokens, *bad = gathered[:, 2:].sum(0).tolist()
         bucket = _smallest(self.lengths, longest), _smallest(self.tiles, most_tiles)
         budgets = self._budgets | {"T": bucket[0], "K": bucket[1]}
-        arrays = collate([element["row"] or None for element in elements], PREFIX_FUSION, budgets)
+        arrays = collate([element["row"] or None for element in elements], self._fields, budgets)
         return HostBatch(
             arrays={name: array.reshape(self.micro_batches, -1, *array.shape[1:]) for name, array in arrays.items()},
             step=step,

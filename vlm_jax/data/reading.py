@@ -7,6 +7,7 @@ inside the map, and travels as an element: an exception that crosses Grain's ite
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import signal
 import threading
@@ -18,8 +19,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from vlm_jax.data.conversation import UNTRAINED, encode_conversation
-from vlm_jax.data.images import ImageSettings, open_image, process
+from vlm_jax.data.conversation import UNTRAINED, begin_with_user, encode_conversation
+from vlm_jax.data.images import ImageSettings, Picture, layout, process
 from vlm_jax.data.order import Order
 from vlm_jax.data.records import BadRecord, Record
 from vlm_jax.data.rows import Row, expanded_length, fusion_row
@@ -32,7 +33,8 @@ SMALL_ARRAY = 1 << 16  # bytes; larger arrays come from a worker through shared 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What became of one slot. `kind` and `message` say what is wrong with it, both empty if nothing is."""
+    """What became of one slot. `kind` and `message` say what is wrong with it, both empty if nothing is; of the kind
+    "assistant_first" the rest is used all the same."""
 
     slot: int
     source: int
@@ -47,40 +49,60 @@ class FusionEncoder:
     """Makes prefix-fusion rows (LLaVA) of records.
 
     longest, most_tiles: a record that needs more of either is bad ("too_long").
+    image_placement, compat_drop_mismatch: of `encode_conversation`; what is dropped is bad ("mismatch").
     """
 
     tokenizer: Any
     template: str
     images: ImageSettings
-    patches_per_tile: int
     longest: int
     most_tiles: int
+    image_placement: str = "first"
+    compat_drop_mismatch: bool = False
 
-    def __call__(self, record: Record, folder: str | os.PathLike) -> Row:
-        """Raises BadRecord. The images are opened last, since that takes the time."""
-        encoded = encode_conversation(record, self.template, tokenizer=self.tokenizer)
+    def __call__(self, record: Record, folder: str | os.PathLike, seed: tuple[int, ...] = (0,)) -> Row:
+        """Raises BadRecord. The images are decoded last, since that takes the time; their headers tell the length.
+
+        seed: of random placement.
+        """
+        encode = functools.partial(
+            encode_conversation,
+            record,
+            self.template,
+            tokenizer=self.tokenizer,
+            image_placement=self.image_placement,
+            seed=seed,
+        )
+        encoded = encode()
         ids, labels = encoded["input_ids"], encoded["labels"]
         if (labels == UNTRAINED).all():
             raise BadRecord("no_trainable_token", f"none of its {len(ids)} tokens is trained")
-        tiles = len(record.images)
-        length = expanded_length(ids, [1] * tiles, self.patches_per_tile)
+        if self.compat_drop_mismatch and (encode(compat_drop_mismatch=True)["labels"] == UNTRAINED).all():
+            raise BadRecord("mismatch", f"LLaVA does not count {len(ids)} tokens as we do, and drops it")
+        settings = self.images.of(len(record.images))
+        pictures = [Picture(image, folder) for image in record.images]
+        layouts = [layout(picture.size, settings) for picture in pictures]
+        tiles, length = sum(one.tiles for one in layouts), expanded_length(ids, layouts)
         if length > self.longest or tiles > self.most_tiles:
             raise BadRecord(
                 "too_long",
                 f"it has {length} tokens and {tiles} tiles; the largest bucket holds {self.longest} and "
                 f"{self.most_tiles}",
             )
-        images = [process(open_image(image, folder), self.images)[None] for image in record.images]
-        return fusion_row(ids, labels, images, self.patches_per_tile, self.images.size)
+        pixels = [process(picture.pixels(), settings) for picture in pictures]
+        return fusion_row(ids, labels, pixels, layouts, self.images)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """The element number n of one process: slot `slots[n % len(slots)]` of step `n // len(slots)`."""
+    """The element number n of one process: slot `slots[n % len(slots)]` of step `n // len(slots)`.
+
+    encode: (record, folder of its images, seed) -> row. The seed is the order's and the record's place in the run.
+    """
 
     order: Order
     sources: tuple[Source, ...]
-    encode: Callable[[Record, str | os.PathLike], Row]
+    encode: Callable[[Record, str | os.PathLike, tuple[int, ...]], Row]
     slots: np.ndarray
 
     def __call__(self, number: int) -> dict[str, Any]:
@@ -92,9 +114,12 @@ class Reader:
         source, index = place
         sample = Sample(slot, source, index, f"{self.sources[source].path.stem}-{index}")
         try:
-            record = self.sources[source][index]
+            record, left_out = begin_with_user(self.sources[source][index])
             sample = dataclasses.replace(sample, id=record.id)
-            return {"sample": sample, "row": self.encode(record, self.sources[source].images)}
+            row = self.encode(record, self.sources[source].images, (self.order.seed, step, slot))
+            if left_out:
+                sample = dataclasses.replace(sample, kind="assistant_first", message=left_out)
+            return {"sample": sample, "row": row}
         except BadRecord as error:
             return {"sample": dataclasses.replace(sample, kind=error.kind, message=str(error)), "row": {}}
 

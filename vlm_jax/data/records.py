@@ -19,7 +19,11 @@ BAD_KINDS: dict[str, str] = {
     "malformed": "correct the records",
     "no_trainable_token": "give each record an answer",
     "too_long": "raise --config.buckets.lengths or --config.buckets.tiles, or shorten the records",
+    "mismatch": "LLaVA drops them; set compat_drop_mismatch=False in the stage to train on them",
+    "assistant_first": "their first message is the assistant's; it is left out, the rest is trained on",
 }
+# Kinds that are counted and listed, but stop no run: what was asked for, and records of which the rest is used.
+TOLERATED = ("mismatch", "assistant_first")
 
 
 class BadRecord(UsageError):

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from vlm_jax.data.anyres import NEWLINE, Layout
 from vlm_jax.data.conversation import IMAGE_ID, UNTRAINED
+from vlm_jax.data.images import ImageSettings
 
 Row = dict[str, np.ndarray]
 
@@ -24,18 +26,21 @@ class Field:
     axes: the budget of each axis: T tokens, S encoder tokens, K tiles, views or regions, C texts, F features of a
       region, H and W pixels, P features per tile, a product of them as in "K*P", or a number.
     pad: what stands beyond the row's own size.
+    most: a budget; greater values become it. So a row can hold a number that only its batch decides.
     """
 
     dtype: type[np.generic]
     axes: tuple[str | int, ...]
     pad: int = 0
+    most: str | None = None
 
     def shape(self, budgets: Mapping[str, int]) -> tuple[int, ...]:
         """The sizes of the axes under these budgets."""
-        return tuple(
-            axis if isinstance(axis, int) else math.prod(budgets[name] for name in axis.split("*"))
-            for axis in self.axes
-        )
+        return tuple(axis if isinstance(axis, int) else _size(axis, budgets) for axis in self.axes)
+
+
+def _size(axis: str, budgets: Mapping[str, int]) -> int:
+    return math.prod(budgets[name] for name in axis.split("*"))
 
 
 TEXT = {
@@ -50,11 +55,21 @@ TILES = {
 }
 
 
-def _placement(tokens: str) -> dict[str, Field]:
-    return {"visual_index": Field(np.int32, (tokens,), -1), "visual_inverse": Field(np.int32, ("K*P",), -1)}
+def _placement(tokens: str, *, four: bool = False) -> dict[str, Field]:
+    """Which feature, or which `four` with their weights, each position shows, and the inverse of that."""
+    several: tuple[int, ...] = (4,) if four else ()
+    fields = {
+        "visual_index": Field(np.int32, (tokens, *several), -1, most="K*P"),
+        "visual_inverse": Field(np.int32, ("K*P", *several), -1),
+    }
+    if four:
+        fields["visual_weight"] = Field(np.float32, (tokens, 4))
+        fields["visual_inverse_weight"] = Field(np.float32, ("K*P", 4))
+    return fields
 
 
 PREFIX_FUSION = TEXT | TILES | _placement("T")
+INTERPOLATED_FUSION = TEXT | TILES | _placement("T", four=True)  # anyres_max_N
 CROSS_ATTENTION = TEXT | TILES | {"media_index": Field(np.int32, ("T",))}
 ENCODER_DECODER = (
     TEXT | TILES | _placement("S") | {f"encoder_{name}": Field(np.int32, ("S",)) for name in list(TEXT)[:3]}
@@ -89,45 +104,89 @@ def collate(rows: Sequence[Row | None], fields: Mapping[str, Field], budgets: Ma
             if value.ndim != len(shape) or any(size > budget for size, budget in zip(value.shape, shape, strict=True)):
                 raise ValueError(f"{name} {value.shape} of a row does not fit into {shape}")
             target[tuple(slice(size) for size in value.shape)] = value
-        batch[name] = array
+        batch[name] = array if field.most is None else np.minimum(array, _size(field.most, budgets), dtype=field.dtype)
     return batch
 
 
+def fusion_fields(settings: ImageSettings) -> Mapping[str, Field]:
+    """The fields of the rows that `fusion_row` makes."""
+    return INTERPOLATED_FUSION if settings.weighted else PREFIX_FUSION
+
+
 def fusion_row(
-    input_ids: np.ndarray, labels: np.ndarray, images: Sequence[np.ndarray], patches_per_tile: int, size: int
+    input_ids: np.ndarray,
+    labels: np.ndarray,
+    tiles: Sequence[np.ndarray],
+    layouts: Sequence[Layout],
+    settings: ImageSettings,
 ) -> Row:
     """A prefix-fusion row of one sample.
 
     input_ids, labels: int32 [L], aligned; -200 marks where an image stands.
-    images: the tiles uint8 [k, size, size, 3] of each, in the order of their positions.
-    patches_per_tile: P, the visual features that the connector gives for a tile.
-    Returns the arrays of `PREFIX_FUSION`: an image is expanded to all features of its tiles, `labels` are shifted (the
-      target of a position stands at the position), so that the last has none. A text-only row has zero tiles.
+    tiles: those uint8 [k, size, size, 3] of each image, in the order of their positions. layouts: of each image.
+    Returns the arrays of `fusion_fields(settings)`: an image is expanded to its places, `labels` are shifted (the
+      target of a position stands at the position), so that the last has none. A text-only row has zero tiles. A newline
+      is `NEWLINE` in the row, and K*P once `collate` knows K.
     """
-    tiles_of = [len(tiles) for tiles in images]
-    length = expanded_length(input_ids, tiles_of, patches_per_tile)
+    length = expanded_length(input_ids, layouts)
+    counts = [one.tiles for one in layouts]
+    if counts != [len(one) for one in tiles]:
+        raise ValueError(f"{[len(one) for one in tiles]} tiles for layouts of {counts}")
     repeats = np.ones(len(input_ids), np.int64)
-    repeats[input_ids == IMAGE_ID] = np.array(tiles_of, np.int64) * patches_per_tile
+    repeats[input_ids == IMAGE_ID] = [len(one.places) for one in layouts]
     tokens = np.repeat(input_ids, repeats)
     visual = tokens == IMAGE_ID
-    inverse = np.flatnonzero(visual).astype(np.int32)
-    index = np.full(length, -1, np.int32)
-    index[visual] = np.arange(len(inverse))
-    return {
+    firsts = settings.features_per_tile * np.cumsum([0, *counts])  # of each image, and their end
+    row = {
         "tokens": np.where(visual, 0, tokens).astype(np.int32),
         "positions": np.arange(length, dtype=np.int32),
         "segment_ids": np.ones(length, np.int32),
         "labels": np.append(np.repeat(labels, repeats)[1:], UNTRAINED).astype(np.int32),
-        "tiles": np.concatenate([np.empty((0, size, size, 3), np.uint8), *images]),
-        "tile_image": np.repeat(np.arange(len(images), dtype=np.int32), tiles_of),
+        "tiles": np.concatenate([np.empty((0, settings.size, settings.size, 3), np.uint8), *tiles]),
+        "tile_image": np.repeat(np.arange(len(layouts), dtype=np.int32), counts),
+    }
+    places = [
+        np.where(one.places == NEWLINE, NEWLINE, one.places + at) for one, at in zip(layouts, firsts, strict=False)
+    ]
+    index, inverse = np.full(length, -1, np.int32), np.full(firsts[-1], -1, np.int32)
+    if settings.weighted:
+        return row | _place_four(visual, places, [one.weights for one in layouts], len(inverse))
+    index[visual] = np.concatenate([[], *places])
+    shown = np.flatnonzero(visual & (index != NEWLINE))
+    inverse[index[shown]] = shown
+    return row | {"visual_index": index, "visual_inverse": inverse}
+
+
+def _place_four(
+    visual: np.ndarray, places: Sequence[np.ndarray], weights: Sequence[np.ndarray | None], features: int
+) -> Row:
+    """The arrays of placement where a position may show four features, each with its weight."""
+    index = np.full((len(visual), 4), -1, np.int32)
+    weight = np.zeros((len(visual), 4), np.float32)
+    one = np.array([[1, 0, 0, 0]], np.float32)
+    index[visual] = np.concatenate([np.empty((0, 4)), *(p if p.ndim == 2 else p[:, None].repeat(4, 1) for p in places)])
+    weight[visual] = np.concatenate(
+        [one[:0], *(one.repeat(len(p), 0) if w is None else w for p, w in zip(places, weights, strict=True))]
+    )
+    inverse, inverse_weight = np.full((features, 4), -1, np.int32), np.zeros((features, 4), np.float32)
+    position, slot = np.nonzero((weight > 0) & (index != NEWLINE))
+    feature = index[position, slot]
+    order = np.argsort(feature, kind="stable")
+    ranked = feature[order]
+    rank = np.arange(len(ranked)) - np.searchsorted(ranked, ranked)  # among those of the same feature, at most 3
+    inverse[ranked, rank] = position[order]
+    inverse_weight[ranked, rank] = weight[position, slot][order]
+    return {
         "visual_index": index,
         "visual_inverse": inverse,
+        "visual_weight": weight,
+        "visual_inverse_weight": inverse_weight,
     }
 
 
-def expanded_length(input_ids: np.ndarray, tiles_of: Sequence[int], patches_per_tile: int) -> int:
-    """Positions of a sample once each image holds the features of its tiles."""
-    places = int((input_ids == IMAGE_ID).sum())
-    if places != len(tiles_of):
-        raise ValueError(f"{places} places for {len(tiles_of)} images")
-    return len(input_ids) - places + sum(tiles_of) * patches_per_tile
+def expanded_length(input_ids: np.ndarray, layouts: Sequence[Layout]) -> int:
+    """Positions of a sample once each image holds its places."""
+    images = int((input_ids == IMAGE_ID).sum())
+    if images != len(layouts):
+        raise ValueError(f"{images} places for {len(layouts)} images")
+    return len(input_ids) - images + sum(len(one.places) for one in layouts)

@@ -22,7 +22,13 @@ from vlm_jax.errors import UsageError, suggest
 MADE: dict[str, tuple[Callable[[Path], Any], dict[str, str], str]] = {
     "digits": (
         make_digits,
-        {"align": "align.json", "train": "train.json", "eval": "eval.json", "tokenizer": "tokenizer"},
+        {
+            "align": "align.json",
+            "train": "train.json",
+            "eval": "eval.json",
+            "tokenizer": "tokenizer",
+            "tokenizer_chat": "tokenizer_chat",
+        },
         "images",
     )
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from vlm_jax.data.conversation import begin_with_user
 from vlm_jax.data.records import BadRecord, Message, Record
 
 
@@ -44,7 +45,7 @@ def questions(source: Records, limit: int | None = None) -> Iterator[tuple[Recor
     wanted = range(count) if limit is None or limit >= count else [i * count // limit for i in range(limit)]
     for i in wanted:
         try:
-            record = source[i]
+            record, _ = begin_with_user(source[i])
         except BadRecord:
             continue
         if len(record.messages) > 1 and record.messages[-1].role == "assistant":

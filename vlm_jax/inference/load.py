@@ -11,48 +11,48 @@ import jax
 from vlm_jax.errors import UsageError
 from vlm_jax.families import make_family
 from vlm_jax.inference.vlm import VLM
+from vlm_jax.interop.checkpoint import open_checkpoint
 from vlm_jax.interop.layout import MODEL, find_model
-from vlm_jax.interop.native import load_params, read_config, save_model
+from vlm_jax.interop.native import load_entries, save_model
+from vlm_jax.interop.tokenizers import has_tokenizer, image_token_id, open_tokenizer
 from vlm_jax.sharding import make_mesh
 
 __all__ = ["MODEL", "find_model", "load", "open_tokenizer", "save"]
 
 
-def load(path: str | os.PathLike[str], *, dtype: str = "float32") -> VLM:
-    """Opens a workdir or one of our checkpoints, on the mesh in use (default: one over all devices).
+def load(path: str | os.PathLike[str], *, dtype: str = "float32", template: str | None = None) -> VLM:
+    """Opens a workdir, a model of ours, a Hugging Face or LLaVA folder, or a hub id `owner/name[@revision]`, on the
+    mesh in use (default: one over all devices). Weights go straight into their sharding.
 
     dtype: "float32" or "bfloat16", of the weights in memory and of the computation.
+    template: of the conversations, where the model does not tell its own.
     Raises UsageError when there is no model at `path`, or when its weights do not fit its config.
     """
-    folder = str(find_model(path))
-    config = read_config(folder)
+    found = open_checkpoint(path)
+    folder, config = str(found.folder), found.config
     mesh = make_mesh() if jax.sharding.get_abstract_mesh().empty else jax.sharding.get_mesh()
     with jax.set_mesh(mesh):
         try:
             family = make_family(config["model"], dtype=dtype)
-            images, template = family.images(config["images"]["mode"]), str(config["template"])
+            images, template = family.images(config["images"]), template or config["template"]
+            placement = str(config.get("image_placement", "first"))
         except (KeyError, TypeError) as error:
             raise UsageError(f"the config.json in {folder} is damaged: {type(error).__name__} {error}") from error
         abstract = {
             path: jax.ShapeDtypeStruct(a.shape, family.dtype, sharding=a.sharding)
             for path, a in family.bound.abstract.items()
         }
-        params = load_params(folder, abstract)
-        return VLM(family, params, tokenizer=open_tokenizer(folder), template=template, images=images)
-
-
-def open_tokenizer(path: str) -> Any:
-    """A tokenizer from a folder or hub id; no code of the repository is run."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # such as that torch is not installed
-    from transformers import AutoTokenizer
-
-    if not os.path.isdir(path) and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
-        raise UsageError(f"no tokenizer at {path}: the folder does not exist; correct --config.tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise UsageError(f"no tokenizer at {path}: {first}; give --config.tokenizer=FOLDER or a hub id") from error
+        params = load_entries(found.entries, abstract, folder, found.problems)
+        tokenizer = open_tokenizer(folder) if has_tokenizer(folder) else None
+        return VLM(
+            family,
+            params,
+            tokenizer=tokenizer,
+            template=template,
+            images=images,
+            image_placement=placement,
+            image_token_id=image_token_id(found, tokenizer),
+        )
 
 
 def save(
@@ -60,10 +60,19 @@ def save(
     params: Mapping[str, jax.Array],
     *,
     model: Mapping[str, Any],
-    mode: str,
+    images: Mapping[str, Any],
     template: str,
+    image_placement: str = "first",
     tokenizer: Any,
+    extra: Mapping[str, Any] | None = None,
+    files: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes what `load` opens. Every process calls it; the first writes."""
-    config = {"model": dict(model), "images": {"mode": mode}, "template": template}
-    save_model(str(folder), params, config, tokenizer=tokenizer)
+    """Writes what `load` opens; `extra` and `files` are carried along (`save_model`). Every process calls it; the first
+    writes."""
+    config = {
+        "model": dict(model),
+        "images": dict(images),
+        "template": template,
+        "image_placement": image_placement,
+    }
+    save_model(str(folder), params, config, tokenizer=tokenizer, extra=extra, files=files)

@@ -15,9 +15,13 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from vlm_jax.data import BadRecord, ImageSettings, Record, encode_prompt, open_image, process
-from vlm_jax.data.rows import PREFIX_FUSION, Row, collate, fusion_row
+from vlm_jax.data import BadRecord, ImageSettings, Record, encode_prompt, process
+from vlm_jax.data.images import Picture, layout
+from vlm_jax.data.rows import Row, collate, fusion_fields, fusion_row
+from vlm_jax.data.templates import TEMPLATES
+from vlm_jax.errors import UsageError
 from vlm_jax.families import LlavaFamily
+from vlm_jax.inference.apply_hf import hf_batch, make_logits, place_inputs
 from vlm_jax.inference.files import open_file
 from vlm_jax.models.binding import Params
 from vlm_jax.models.generation import DecodeState, make_decode, make_prefill
@@ -49,30 +53,39 @@ class Encoded:
     """A request as the model takes it. Requests of one `bucket` (T, K) run the same program."""
 
     row: Row
+    bucket: tuple[int, int]
     seed: int
     stop_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
-
-    @property
-    def bucket(self) -> tuple[int, int]:
-        return _power(len(self.row["tokens"]), least=16), _power(len(self.row["tile_image"]))
 
 
 class VLM:
     """Answers requests, alone or in batches, on the mesh that was in use when it was made.
 
-    There is one compilation per bucket: lengths, tiles, rows and new tokens are rounded up to powers of two. `compiled`
-    counts them.
+    There is one compilation per bucket: rows, tiles and new tokens are rounded up to powers of two, or tiles to a power
+    of two times the most that an image may have, and lengths above 512 also to 3/4 of one. `compiled` counts them.
     """
 
-    def __init__(self, family: LlavaFamily, params: Params, *, tokenizer: Any, template: str, images: ImageSettings):
+    def __init__(
+        self,
+        family: LlavaFamily,
+        params: Params,
+        *,
+        tokenizer: Any,
+        template: str | None,
+        images: ImageSettings,
+        image_placement: str = "first",
+        image_token_id: int | None = None,
+    ):
         self.family, self.params = family, params
         self.tokenizer, self.template, self.images = tokenizer, template, images
+        self.image_placement, self.image_token_id = image_placement, image_token_id
         self.mesh = jax.sharding.get_mesh()
         self.compiled: collections.Counter[str] = collections.Counter()
         count = lambda name: functools.partial(self.compiled.update, (name,))  # noqa: E731
         self._prefill = make_prefill(family.bound, dtype=family.dtype, on_trace=count("prefill"))
         self._decode = make_decode(family.bound, on_trace=count("decode"))
+        self._logits = make_logits(family.bound, dtype=family.dtype)
 
     def with_params(self, params: Params) -> VLM:
         """The same model with other weights; what is compiled is kept."""
@@ -156,19 +169,45 @@ class VLM:
         encoded = [self.encode(request) for request in requests]
         return np.asarray(self._start(encoded, 1, 1, GREEDY)[3])[: len(requests)]
 
+    def apply_hf(self, **inputs: Any) -> np.ndarray:
+        """Logits float32 [B, T, V] of what the Hugging Face processor of this model yields, as numpy arrays: input_ids
+        with an image token for each feature, attention_mask, pixel_values and, of llava_next, image_sizes.
+
+        Raises UsageError where they do not fit the model or one another.
+        """
+        if self.image_token_id is None:
+            raise UsageError("which token stands for an image is not known: this model is not from Hugging Face")
+        batch = hf_batch(inputs, self.images, self.image_token_id)
+        with jax.set_mesh(self.mesh):
+            logits = self._logits(self.params, place_inputs(batch))
+        return np.asarray(logits)[: len(batch["tokens"])]
+
     def encode(self, request: Request) -> Encoded:
         """Tokens and tiles of a request. Raises BadRecord: malformed messages, or an image that cannot be opened."""
-        prompt = encode_prompt(request.messages, self.template, tokenizer=self.tokenizer)
+        if self.tokenizer is None:
+            raise UsageError("the model came without a tokenizer: put its files beside the weights and load it again")
+        if self.template is None:
+            raise UsageError(
+                "the conversation template of this model is not known: give it, as in load(path, template=NAME) or "
+                f"--template=NAME, one of {', '.join(TEMPLATES)}"
+            )
+        prompt = encode_prompt(
+            request.messages, self.template, tokenizer=self.tokenizer, image_placement=self.image_placement
+        )
         unnamed = [] if isinstance(request.messages, Record) else list(request.images)
         places = sum(image is None for image in prompt.images)
         if len(unnamed) != places:
             raise BadRecord("malformed", f"the messages have {places} place(s) for the {len(unnamed)} image(s) given")
         rest = iter(unnamed)
         images = [next(rest) if image is None else image for image in prompt.images]
-        tiles = [process(open_image(image, request.folder), self.images)[None] for image in images]
+        settings = self.images.of(len(images))
+        pictures = [Picture(image, request.folder) for image in images]
+        layouts = [layout(picture.size, settings) for picture in pictures]
+        tiles = [process(picture.pixels(), settings) for picture in pictures]
         labels = np.full_like(prompt.input_ids, -100)
-        row = fusion_row(prompt.input_ids, labels, tiles, self.family.features_per_tile, self.images.size)
-        return Encoded(row, request.seed, prompt.stop_ids, prompt.stop_strings)
+        row = fusion_row(prompt.input_ids, labels, tiles, layouts, self.images)
+        bucket = _longer(len(row["tokens"])), _more(len(row["tile_image"]), self.images.most_tiles)
+        return Encoded(row, bucket, request.seed, prompt.stop_ids, prompt.stop_strings)
 
     def _start(
         self, encoded: Sequence[Encoded], rows: int, new_tokens: int, sampling: Sampling
@@ -176,11 +215,11 @@ class VLM:
         """(state, seeds, first tokens [B, 1], their logits) of a batch."""
         length, tiles = (max(sizes) for sizes in zip(*(one.bucket for one in encoded), strict=True))
         size = self.images.size
-        budgets = {"T": length, "K": tiles, "P": self.family.features_per_tile, "H": size, "W": size}
+        budgets = {"T": length, "K": tiles, "P": self.images.features_per_tile, "H": size, "W": size}
         with jax.set_mesh(self.mesh):
             shards = batch_shards()
             padding = -(-_power(max(len(encoded), rows)) // shards) * shards - len(encoded)
-            arrays = collate([*(one.row for one in encoded), *[None] * padding], PREFIX_FUSION, budgets)
+            arrays = collate([*(one.row for one in encoded), *[None] * padding], fusion_fields(self.images), budgets)
             batch = {name: place(a, self.mesh, P(RULES.batch)) for name, a in arrays.items() if name != "labels"}
             numbers = np.array([one.seed % (1 << 32) for one in encoded] + [0] * padding, np.uint32)
             seeds = place(numbers, self.mesh, P(RULES.batch))
@@ -235,3 +274,14 @@ def _settled(text: str, stop_strings: Sequence[str]) -> str:
 def _power(n: int, least: int = 1) -> int:
     """The smallest power of two that is at least `n`."""
     return max(least, 1 << max(0, n - 1).bit_length())
+
+
+def _longer(length: int) -> int:
+    """The bucket's T. An image of 576 features and a question would fill just over half of 1,024."""
+    whole = _power(length, least=16)
+    return whole * 3 // 4 if 512 < length <= whole * 3 // 4 else whole
+
+
+def _more(tiles: int, of_image: int) -> int:
+    """The bucket's K: a power of two, or that many times the most tiles of one image if this is less."""
+    return min(_power(tiles), of_image * _power(-(-tiles // of_image)))

@@ -14,6 +14,17 @@ FORMAT = "vlm_jax"
 MODEL = "model"  # the folder of a workdir that holds the model of its newest finished stage
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+EXTRA = "hf_extra.safetensors"  # tensors of an imported tower that LLaVA does not compute with, in hub layout
+HF_CONFIG = "hf_config.json"  # the config.json that was imported
+# Files of an imported model that training passes on and export writes again; the tokenizer's are not among them.
+CARRIED = (
+    EXTRA,
+    HF_CONFIG,
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "chat_template.json",
+)
 PARTIAL = ".partial"  # the folder in which a model is written before its files are moved into place
 
 
@@ -37,6 +48,15 @@ def find_model(path: str | os.PathLike[str]) -> epath.Path:
     kind = _read(folder / CONFIG).get("model_type") if (folder / CONFIG).exists() else None
     found = f"; its {CONFIG} says model_type {kind!r}" if kind else ""
     raise UsageError(f"{folder} holds neither a workdir nor a model of ours{found}")
+
+
+def is_foreign(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a folder that holds a model of Hugging Face's or of the original LLaVA."""
+    folder = epath.Path(path)
+    if not (folder / CONFIG).exists() or (folder / MODEL / CONFIG).exists():
+        return False
+    config = _read(folder / CONFIG)
+    return config.get("format") != FORMAT and ("model_type" in config or "mm_vision_tower" in config)
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
     model-00001-of-00002.safetensors   entries such as decoder.layers.3.mlp.up.kernel
     model.safetensors.index.json       entry -> file
     tokenizer files                    as transformers writes them
+    CARRIED                            of an imported model: what export gives back and nothing here computes with
 
 A model is written aside and moved into place at the end, `config.json` last: a folder that has one is complete.
 """
@@ -11,9 +12,11 @@ A model is written aside and moved into place at the end, `config.json` last: a 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -21,13 +24,23 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from vlm_jax.errors import UsageError
-from vlm_jax.interop.layout import CONFIG, FORMAT, INDEX, PARTIAL, read_config
+from vlm_jax.interop.layout import CARRIED, CONFIG, EXTRA, FORMAT, INDEX, PARTIAL, read_config
+from vlm_jax.interop.weights import Lazy, open_safetensors, write_safetensors, write_shards
 
-__all__ = ["entries", "load_params", "read_config", "save_model"]
+__all__ = [
+    "check_entries",
+    "entries",
+    "load_entries",
+    "load_params",
+    "open_entries",
+    "read_config",
+    "save_model",
+    "write_model",
+    "written_aside",
+]
 
 STACKED = re.compile(r"(.*(?:^|/)layers)/(.*)")
 
@@ -47,11 +60,14 @@ def save_model(
     config: Mapping[str, Any],
     *,
     tokenizer: Any = None,
+    extra: Mapping[str, Lazy] | None = None,
+    files: Mapping[str, str | os.PathLike[str]] | None = None,
     shard_bytes: int = 4 << 30,
 ) -> None:
     """Writes weights, `config.json` and the tokenizer's files. Process 0 writes, every process must call.
 
     A model that was there before stays until the new one is wholly written; other files in the folder stay.
+    extra, files: what an imported model carries along, the tensors of EXTRA and copies of files by their names.
     """
     folder = epath.Path(directory)
     writer = jax.process_index() == 0
@@ -62,6 +78,10 @@ def save_model(
         partial.mkdir(parents=True)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
+        for name, file in (files or {}).items():
+            epath.Path(file).copy(partial / name)
+        if extra:
+            write_safetensors(partial / EXTRA, extra, format=FORMAT)
         (partial / CONFIG).write_text(json.dumps({"format": FORMAT, **config}, indent=1))
     sizes = {path: int(np.prod(a.shape)) * a.dtype.itemsize for path, a in params.items()}
     shards: list[list[str]] = [[]]
@@ -92,13 +112,52 @@ def save_model(
         _move_into_place(folder, partial)
 
 
+def write_model(
+    directory: str | os.PathLike[str],
+    tensors: Mapping[str, Lazy],
+    config: Mapping[str, Any],
+    *,
+    extra: Mapping[str, Lazy],
+    files: Mapping[str, str | os.PathLike[str]],
+    shard_bytes: int = 4 << 30,
+) -> None:
+    """Writes a model tensor by tensor, each in its own dtype: `tensors` by their names on disk, `extra` as EXTRA, and
+    copies of `files`."""
+    with written_aside(directory) as partial:
+        for name, file in files.items():
+            shutil.copyfile(file, partial / name)
+        write_shards(partial, tensors, format=FORMAT, shard_bytes=shard_bytes, one_file=False)
+        if extra:
+            write_safetensors(partial / EXTRA, extra, format=FORMAT)
+        (partial / CONFIG).write_text(json.dumps({"format": FORMAT, **config}, indent=1))
+
+
+@contextmanager
+def written_aside(directory: str | os.PathLike[str]) -> Iterator[epath.Path]:
+    """A folder in which to write a model; what it holds at the end is moved into `directory`, `config.json` last. What
+    fails on the way leaves the directory as it was."""
+    folder = epath.Path(directory)
+    fresh, partial = not folder.exists(), folder / PARTIAL
+    if partial.exists():
+        partial.rmtree()
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        partial.rmtree()
+        if fresh:
+            folder.rmdir()
+        raise
+    _move_into_place(folder, partial)
+
+
 def _move_into_place(folder: epath.Path, partial: epath.Path) -> None:
     """Renames alone, between two moments at which `config.json` tells that the folder is complete."""
     (folder / CONFIG).unlink(missing_ok=True)
     new = {file.name for file in partial.iterdir()}
-    for old in folder.glob("model-*.safetensors"):
+    for old in (*folder.glob("model-*.safetensors"), *(folder / name for name in CARRIED)):
         if old.name not in new:
-            old.unlink()
+            old.unlink(missing_ok=True)
     for name in sorted(new, key=lambda name: name == CONFIG):
         (partial / name).replace(folder / name)
     partial.rmdir()
@@ -111,50 +170,72 @@ def _on_host(x: jax.Array) -> np.ndarray:
 
 
 def load_params(directory: str, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Reads weights into the shapes, dtypes and shardings of `abstract`, on the mesh in use; each device's slice is
-    read alone.
+    """Reads a model of ours into the shapes, dtypes and shardings of `abstract`, on the mesh in use; each device's
+    slice is read alone.
 
     Raises UsageError that lists every missing, left-over and misshapen entry at once.
     """
+    found, problems = open_entries(directory)
+    return load_entries(found, abstract, directory, problems)
+
+
+def open_entries(directory: str | os.PathLike[str]) -> tuple[dict[str, Lazy], dict[str, str]]:
+    """The tensors of a model of ours by their names on disk, and what is wrong with those that are not there."""
     folder = epath.Path(directory)
     where = _read_index(folder)
-    files = {file: _open(folder, file) for file in sorted(set(where.values()))}
-    slices: dict[str, Any] = {}
+    files = {file: open_safetensors(folder / file) for file in sorted(set(where.values()))}
+    found = {name: files[file][name] for name, file in where.items() if name in files[file]}
+    lost = {name: file for name, file in where.items() if name not in found}
+    return found, {name: f"missing {name}, which the index places in {file}" for name, file in lost.items()}
+
+
+def check_entries(
+    found: Mapping[str, Lazy],
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    where: str,
+    known: Mapping[str, str],
+) -> None:
+    """Raises UsageError that lists every missing, left-over and misshapen tensor, by their names on disk; `known` is
+    what to tell of some."""
     problems = []
+    wanted: set[str] = set()
     for path, a in abstract.items():
         expected = a.shape[1:] if STACKED.fullmatch(path) else a.shape
         for name in entries(path, a.shape):
-            if name not in where:
-                problems.append(f"missing {name}")
-                continue
-            try:
-                slices[name] = files[where[name]].get_slice(name)
-            except SafetensorError:
-                problems.append(f"missing {name}, which the index places in {where[name]}")
-                continue
-            found = tuple(slices[name].get_shape())
-            if found != expected:
-                problems.append(f"{name} is {list(found)}, expected {list(expected)}")
-    wanted = {name for path, a in abstract.items() for name in entries(path, a.shape)}
-    problems += [f"left over {name}" for name in where if name not in wanted]
+            wanted.add(name)
+            if name not in found:
+                problems.append(known.get(name, f"missing {name}"))
+            elif found[name].shape != expected:
+                problems.append(f"{name} is {list(found[name].shape)}, expected {list(expected)}")
+    problems += [f"left over {name}" for name in (*found, *known) if name not in wanted]
     if problems:
         listed = "".join(f"\n  {problem}" for problem in sorted(problems))
-        raise UsageError(f"the weights in {directory} do not fit the model of its {CONFIG}:{listed}")
+        raise UsageError(f"the weights in {where} do not fit the model of its {CONFIG}:{listed}")
+
+
+def load_entries(
+    found: Mapping[str, Lazy],
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    where: str,
+    known: Mapping[str, str],
+) -> dict[str, jax.Array]:
+    """As `load_params`, from tensors by their names on disk."""
+    check_entries(found, abstract, where, known)
     mesh = jax.sharding.get_mesh()
 
     def load(path: str, a: jax.ShapeDtypeStruct) -> jax.Array:
-        read = _reader([slices[name] for name in entries(path, a.shape)], bool(STACKED.fullmatch(path)), a.dtype)
+        read = _reader([found[name] for name in entries(path, a.shape)], bool(STACKED.fullmatch(path)), a.dtype)
         # The sharding of an abstract array names axes; where they lie is what the mesh in use says.
         return jax.make_array_from_callback(a.shape, NamedSharding(mesh, a.sharding.spec), read)
 
     return {path: load(path, a) for path, a in abstract.items()}
 
 
-def _reader(parts: list[Any], stacked: bool, dtype: np.dtype) -> Callable[[Any], np.ndarray]:
+def _reader(parts: list[Lazy], stacked: bool, dtype: np.dtype) -> Callable[[Any], np.ndarray]:
     """`index -> values`; `index` has a slice for each dimension, the first for the layers if they are stacked."""
 
-    def one(part: Any, index: tuple[slice, ...]) -> np.ndarray:
-        return np.asarray(part[index if index else ...]).astype(dtype, copy=False)
+    def one(part: Lazy, index: tuple[slice, ...]) -> np.ndarray:
+        return part.read(index if index else ...).astype(dtype, copy=False)
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if not stacked:
@@ -172,12 +253,3 @@ def _read_index(folder: epath.Path) -> dict[str, str]:
         return {str(name): epath.Path(file).name for name, file in where.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{folder / INDEX} is damaged ({error}): write or copy the model again") from None
-
-
-def _open(folder: epath.Path, file: str) -> Any:
-    try:
-        return safe_open(str(folder / file), framework="np")
-    except FileNotFoundError:
-        raise UsageError(f"the weight file {folder / file} is missing: copy the model again") from None
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"the weight file {folder / file} is damaged ({error}): copy the model again") from None

@@ -6,7 +6,7 @@ function is traced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Generic, TypeVar
 
 import jax
@@ -44,9 +44,15 @@ class Bound(Generic[M]):
         self._graph = structure["graph"]
         self._variables = [(path, variable) for path, variable in structure["variables"]]
 
-    def init(self, seed: int) -> Params:
-        """Allocates and initialises all parameters, each directly in its sharding."""
-        return jax.jit(lambda key: _flatten(nnx.split(self._make(key))[1]))(jax.random.key(seed))
+    def init(self, seed: int, paths: Collection[str] | None = None) -> Params:
+        """Allocates and initialises the parameters at `paths`, by default all, each directly in its sharding."""
+        wanted = self.abstract if paths is None else paths
+
+        def make(key: jax.Array) -> Params:
+            values = _flatten(nnx.split(self._make(key))[1])
+            return {path: value for path, value in values.items() if path in wanted}
+
+        return jax.jit(make)(jax.random.key(seed)) if wanted else {}
 
     def bind(self, params: Mapping[str, jax.Array]) -> M:
         """The module with these parameters in place."""

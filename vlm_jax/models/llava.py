@@ -65,7 +65,15 @@ class Llava(nnx.Module):
         embeddings = self.decoder.embed(batch["tokens"], dtype)
         newline = jnp.zeros(embeddings.shape[-1], dtype) if self.newline is None else use(self.newline, dtype)
         features = self.see(batch["tiles"], dtype=dtype, remat=remat, key=key)
-        return place_visual(embeddings, features, newline, batch["visual_index"], batch["visual_inverse"])
+        return place_visual(
+            embeddings,
+            features,
+            newline,
+            batch["visual_index"],
+            batch["visual_inverse"],
+            batch.get("visual_weight"),
+            batch.get("visual_inverse_weight"),
+        )
 
     def __call__(
         self,

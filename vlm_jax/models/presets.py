@@ -58,6 +58,7 @@ def clip_vit(**sizes: Any) -> Settings:
     settings = {
         "activation": "quick_gelu",
         "class_token": True,
+        "keep_class_token": False,
         "pre_norm": True,
         "patch_bias": False,
         "post_norm": False,
@@ -127,3 +128,69 @@ def qwen2(**sizes: Any) -> Settings:
 def qwen3(**sizes: Any) -> Settings:
     """Qwen3: q and k normalised per head."""
     return llama(**{"rope_theta": 1e6, "norm_eps": 1e-6, "qk_norm": True, **sizes})
+
+
+# ------------------------------------------------------------------------------------------------- models with a name
+
+
+def clip_l14_336(**changes: Any) -> Settings:
+    """openai/clip-vit-large-patch14-336: 576 features per tile."""
+    sizes = {"image_size": 336, "patch_size": 14, "hidden_size": 1024, "num_layers": 24, "num_heads": 16}
+    return clip_vit(**{**sizes, **changes})
+
+
+def clip_l14_224(**changes: Any) -> Settings:
+    """openai/clip-vit-large-patch14: 256 features per tile."""
+    return clip_l14_336(**{"image_size": 224, **changes})
+
+
+def siglip_so400m_384(**changes: Any) -> Settings:
+    """google/siglip-so400m-patch14-384 without its last layer, as LLaVA variants take it: 729 features per tile."""
+    return siglip_vit(
+        **{
+            "image_size": 384,
+            "patch_size": 14,
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_layers": 26,
+            "num_heads": 16,
+            "feature_layer": -1,
+            **changes,
+        }
+    )
+
+
+def vicuna_7b(**changes: Any) -> Settings:
+    """lmsys/vicuna-7b-v1.5."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_layers": 32, "num_heads": 32}
+    return llama(**{"vocab_size": 32_000, **sizes, **changes})
+
+
+def vicuna_13b(**changes: Any) -> Settings:
+    """lmsys/vicuna-13b-v1.5."""
+    sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_layers": 40, "num_heads": 40}
+    return llama(**{"vocab_size": 32_000, **sizes, **changes})
+
+
+def mistral_7b(**changes: Any) -> Settings:
+    """mistralai/Mistral-7B-v0.1; Instruct v0.2 is this with `rope_theta=1e6, sliding_window=None`."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8}
+    return mistral(**{"vocab_size": 32_000, **sizes, **changes})
+
+
+def yi_34b(**changes: Any) -> Settings:
+    """NousResearch/Nous-Hermes-2-Yi-34B."""
+    sizes = {"hidden_size": 7168, "intermediate_size": 20480, "num_layers": 60, "num_heads": 56, "num_kv_heads": 8}
+    return yi(**{"vocab_size": 64_000, **sizes, **changes})
+
+
+def qwen15_05b(**changes: Any) -> Settings:
+    """Qwen/Qwen1.5-0.5B-Chat (model type qwen2)."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_layers": 24, "num_heads": 16}
+    return qwen2(**{"vocab_size": 151_936, "tie_embeddings": True, **sizes, **changes})
+
+
+def qwen2_05b(**changes: Any) -> Settings:
+    """Qwen/Qwen2-0.5B-Instruct."""
+    sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_layers": 24, "num_heads": 14, "num_kv_heads": 2}
+    return qwen2(**{"vocab_size": 151_936, "tie_embeddings": True, **sizes, **changes})

@@ -1,6 +1,7 @@
 """Saving and resuming a stage of a run: a small facade over Orbax.
 
     checkpoints/<stage>/frozen/     what the stage does not train, written once
+    checkpoints/<stage>/start/      what it trains, as it was at the start: for the report of what moved
     checkpoints/<stage>/<step>/     state (trained parameters, optimizer, ...) and meta (JSON)
 
 What a step needs to go on is the state and its number: data order and random keys are functions of the step.
@@ -20,7 +21,7 @@ from etils import epath
 
 from vlm_jax.errors import UsageError
 from vlm_jax.sharding import concrete
-from vlm_jax.training.state import TrainState
+from vlm_jax.training.state import Params, TrainState
 
 
 class Checkpoints:
@@ -38,7 +39,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, step_prefix=None),
             item_names=("state", "meta"),
         )
-        self._frozen = self._directory / "frozen"
+        self._frozen, self._start = self._directory / "frozen", self._directory / "start"
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -47,11 +48,18 @@ class Checkpoints:
         with _readable(self._directory / str(step)):
             return dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
 
-    def save_frozen(self, state: TrainState) -> None:
-        """Writes what the stage does not train; in place of what a run that never saved a step has left."""
-        if state.frozen:
-            with ocp.StandardCheckpointer() as checkpointer:
+    def save_start(self, state: TrainState) -> None:
+        """Writes what the stage does not train, and what it starts from; in place of what a run that never saved a
+        step has left."""
+        with ocp.StandardCheckpointer() as checkpointer:
+            if state.frozen:
                 checkpointer.save(self._frozen, state.frozen, force=True)
+            checkpointer.save(self._start, state.trained, force=True)
+
+    def start(self, like: Params) -> Params:
+        """The trained parameters as the stage found them, in the shapes, dtypes and shardings of `like`."""
+        with _readable(self._start), ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(self._start, jax.tree.map(concrete, like))
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Begins to save `state`; its arrays may be donated as soon as this returns."""

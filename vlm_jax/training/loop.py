@@ -32,6 +32,8 @@ class HostBatch(Protocol):
     def tokens(self) -> int: ...
     @property
     def real_tokens(self) -> int: ...
+    @property
+    def bad(self) -> Mapping[str, int]: ...
 
 
 class StopSignal:
@@ -110,10 +112,12 @@ def run_stage(
     device = jax.devices()[0]
     throughput = Throughput(device_kind=device.device_kind, devices=jax.device_count())
     writer.start_stage(run.name, run.steps, step=step)
+    bad: Mapping[str, int] = {}
     with contextlib.closing(run.batches(step)) as batches:
         while step < run.steps and not stop.requested:
             with throughput.waiting():
                 batch: HostBatch = next(batches)
+                bad = {f"records/{kind}": count for kind, count in batch.bad.items() if count}
                 arrays = run.place(batch.arrays)
             state, metrics = run.step(state, arrays)
             step += 1
@@ -127,7 +131,9 @@ def run_stage(
                 values = {name: float(value) for name, value in metrics.items()}
                 _check(values, run.name, step)
                 rates = throughput.rates(steps_left=run.steps - step)
-                writer.step(step, {"samples": run.samples(step), **values, **run.learning_rates(step - 1), **rates})
+                writer.step(
+                    step, {"samples": run.samples(step), **values, **run.learning_rates(step - 1), **rates, **bad}
+                )
             with throughput.paused():
                 if run.eval_every and step % run.eval_every == 0 and step < run.steps:
                     with contextlib.suppress(Interrupted):
@@ -137,6 +143,9 @@ def run_stage(
     if step > start or checkpoints.latest() is None:
         checkpoints.save(state, {"stage": run.name, "steps": run.steps})
     checkpoints.wait()
+    if bad:
+        counts = ", ".join(f"{count:,} {name.removeprefix('records/')}" for name, count in bad.items())
+        writer.say(f"stage {run.name}: records with something wrong, listed in bad_records-*.jsonl: {counts}")
     if stop.requested and step < run.steps:
         raise Interrupted(
             f"{stop.requested}: stage {run.name!r} is saved at step {step} of {run.steps}; "

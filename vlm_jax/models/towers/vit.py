@@ -46,8 +46,10 @@ class ViTConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
-        if self.image_size % self.patch_size:
-            raise UsageError(f"vision.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if not 1 <= self.patch_size <= self.image_size:
+            raise UsageError(
+                f"vision.image_size {self.image_size} does not hold a patch of patch_size {self.patch_size}"
+            )
         if self.hidden_size % self.num_heads:
             raise UsageError(f"vision.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if not -self.num_layers - 1 <= self.feature_layer <= self.num_layers:
@@ -116,9 +118,10 @@ class ViT(nnx.Module):
     def __call__(
         self, tiles: jax.Array, dtype: jnp.dtype, *, remat: str = "none", key: jax.Array | None = None
     ) -> jax.Array:
-        """`key` turns dropout on; it is folded with the index of each layer."""
+        """`key` turns dropout on; it is folded with the index of each layer. Tiles of floats are normalised already."""
         config = self.config
-        pixels = normalise(tiles, config.mean, config.std).astype(dtype)
+        raw = not jnp.issubdtype(tiles.dtype, jnp.floating)
+        pixels = (normalise(tiles, config.mean, config.std) if raw else tiles).astype(dtype)
         x = self.patch_embed(patchify(pixels, config.patch_size), child_key(key, "patch_embed"))
         if self.class_token is not None:
             token = jnp.broadcast_to(use(self.class_token, dtype), (x.shape[0], 1, x.shape[2]))
@@ -160,9 +163,13 @@ def normalise(tiles: jax.Array, mean: tuple[float, ...], std: tuple[float, ...])
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:
-    """`[N, H, W, 3] -> [N, P, patch * patch * 3]`, row-major patches; within one: row, column, channel."""
+    """`[N, H, W, 3] -> [N, P, patch * patch * 3]`, row-major patches; within one: row, column, channel.
+
+    Pixels at the right and the bottom that fill no patch are left out, as a convolution does (384 = 27 * 14 + 6).
+    """
     n, height, width, channels = x.shape
     rows, columns = height // patch, width // patch
+    x = x[:, : rows * patch, : columns * patch]
     batch = spec_of(x)[0]
     x = reshape(x, (n, rows, patch, columns, patch, channels), P(batch, None, None, None, None, None))
     x = einops.rearrange(x, "n h p w q c -> n h w p q c")
