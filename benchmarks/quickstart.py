@@ -2,10 +2,10 @@
 
     python benchmarks/quickstart.py [--config=configs/quickstart.py] [--seeds 0 1 2] [--output=quickstart.json]
 
-Each seed is one command, with the environment of `make quickstart`, in a folder of its own, one after the other; seconds
-are the command's, from its start to its end. Accuracy is exact match on scans that training never saw: "which digit" on
-canvases of a single scan, and over the stated mixture of questions (vlm_jax/data/digits.py). Data that is not made yet
-is made first, by the first command.
+Each seed is one command, with the environment of `make quickstart`, in a folder of its own, one after the other;
+seconds are the command's, from its start to its end. Accuracy is exact match on scans that training never saw: "which
+digit" on canvases of a single scan, and over the stated mixture of questions (vlm_jax/data/digits.py). Data that is not
+made yet is made first, by the first command.
 """
 
 from __future__ import annotations

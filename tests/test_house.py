@@ -27,7 +27,8 @@ LEVELS = (
     ("training", "evaluation", "interop", "families", "inference", "recipe", "requirements"),
     ("train", "evaluate", "generate", "convert", "plan"),
 )
-EVERYWHERE = ("errors", "compat", "config", "coming_from")  # may be imported from anywhere, and import nothing but one another
+# May be imported from anywhere, and import nothing but one another.
+EVERYWHERE = ("errors", "compat", "config", "coming_from")
 FORBIDDEN = (("data", "models"),)  # beside each other, yet never
 
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

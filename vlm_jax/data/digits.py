@@ -77,8 +77,8 @@ TRAIN_MIXTURE = {
 TRAIN_SIZES = (16, 32, 28, 24)
 ALIGN_SIZES = (10, 20, 30, 40)
 BY_DIGIT = 0.4  # of the captions are in the order of the digits
-# Weights of conversations of 1, 2, 3 turns: a longer one trains more answers for the same image. One of three turns holds
-# no description, so that all are about as long: what is shorter than the longest is padding.
+# Weights of conversations of 1, 2, 3 turns: a longer one trains more answers for the same image. One of three turns
+# holds no description, so that all are about as long: what is shorter than the longest is padding.
 TURNS = (1, 2, 4)
 
 HELD_OUT_PER_DIGIT = 25
@@ -95,8 +95,7 @@ class Hand:
     scale: tuple[float, float]
 
 
-# Training sees an unsteadier hand than the held-out canvases show: with 1,547 scans to learn from, this halves the errors
-# on the others.
+# Training sees an unsteadier hand than the held-out canvases show: from 1,547 scans, this teaches more about others.
 TRAIN_HAND = Hand(rotation=0.16, shear=0.1, scale=(0.86, 1.05))
 EVAL_HAND = Hand(rotation=0.12, shear=0.06, scale=(0.92, 1.04))
 
