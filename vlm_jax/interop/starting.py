@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-from vlm_jax.errors import UsageError
 from vlm_jax.interop.checkpoint import open_checkpoint
 from vlm_jax.interop.hub import local_folder
 from vlm_jax.interop.huggingface import check_vocabulary, differences, normal, open_part
