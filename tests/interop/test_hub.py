@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -323,7 +324,8 @@ def test_a_model_is_loaded_from_the_hub_and_pushed_to_it(
     tower = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
     text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2}
     model = presets.llava(vision=presets.clip_vit(**tower), connector="mlp2x_gelu", decoder=presets.llama(**text))
-    params = make_family(model).bound.init(0)
+    abstract, draw = make_family(model).bound.abstract, np.random.default_rng(0)
+    params = {path: jax.device_put(draw.normal(size=a.shape).astype("f4"), a.sharding) for path, a in abstract.items()}
     save(tmp_path / "made", params, model=model, images={"mode": "pad"}, template="plain", tokenizer=None)
     server.repos["me/made"] = {"main": {file.name: file.read_bytes() for file in (tmp_path / "made").iterdir()}}
 
