@@ -62,7 +62,8 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for name, template in [("w", "vicuna_v1"), ("captions", "plain")]:
             place = folder.parent / name / "model"
-            save(place, params, model=tiny_model(), mode="resize", template=template, tokenizer=tiny_tokenizer())
+            images = {"mode": "resize"}
+            save(place, params, model=tiny_model(), images=images, template=template, tokenizer=tiny_tokenizer())
     (folder / "config.json").write_text("{}")
     for number, name in enumerate(("cat.png", "more/bird.png")):
         (folder / name).parent.mkdir(exist_ok=True)

@@ -19,10 +19,14 @@ import pytest
 
 from vlm_jax import requirements
 from vlm_jax.config import diff_configs, load_config, plain
+from vlm_jax.data.digits import make_digits
 from vlm_jax.errors import UsageError
 from vlm_jax.families import make_family
 from vlm_jax.models.presets import clip_l14_336, llava, lora, vicuna_7b
 from vlm_jax.sharding import make_mesh
+from vlm_jax.train import Run
+from vlm_jax.training.loop import StopSignal
+from vlm_jax.training.metrics import read_metrics
 from vlm_jax.training.optimizer import learning_rates, make_schedule, multipliers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,6 +229,39 @@ def test_each_group_has_the_rate_of_the_recipe_at_every_step(name: str, stage: s
         ours = [float(schedule(step)) * rate for step in at]
         np.testing.assert_allclose(ours, hugging_face(peak, total, at), rtol=1e-5, atol=1e-7 * peak)
         assert any(value == pytest.approx(peak) for value in logged)
+
+
+# ------------------------------------------------------------------------------------------------------------- a run
+
+
+def test_the_tiny_recipe_of_llava_16_trains_both_stages(tmp_path: Path) -> None:
+    """Anyres, unpadding, newline, the recipe's groups and its template, at the size of a laptop."""
+    data = make_digits(tmp_path / "digits", train_samples=32, align_samples=32, eval_samples=4)
+    c = config("llava16_mistral", "tiny")
+    c.tokenizer, c.steps, c.checkpoint.every, c.log.tensorboard = str(data / "tokenizer_chat"), 2, 2, False
+    for stage, file in zip(c.stages, ("align.json", "train.json"), strict=True):
+        stage.data.update(train=str(data / file), images=str(data / "images"), eval=None)
+        stage.samples = 8
+    workdir = tmp_path / "run"
+    requirements.check(c, "llava16_mistral.py:tiny")
+    jax.config.update("jax_disable_most_optimizations", True)  # what costs time is compiling
+    try:
+        Run(c, workdir, "the command").train(StopSignal(), 0.0)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["stages"] == {"pretrain": 2, "finetune": 2}
+    assert set(summary["moved"]["pretrain"]) == {"connector/first", "connector/second"}
+    moved = summary["moved"]["finetune"]
+    assert moved["newline"]["change"] > 0 and moved["decoder/lm_head"]["change"] > 0
+    # A tenth of the rate, and the last layer of the tower is not used: its features are the second-last's.
+    assert 0 < moved["vision/patch_embed"]["largest"] < 0.2 * moved["decoder/layers/mlp/up"]["largest"]
+    assert (moved["vision/layers/mlp/up"]["layers"], moved["vision/layers/mlp/up"]["still"]) == (3, 1)
+    saved = json.loads((workdir / "model" / "config.json").read_text())
+    assert (saved["images"]["mode"], saved["images"]["merge"]) == ("anyres", "spatial_unpad")
+    assert saved["template"] == "mistral_instruct" and saved["model"]["newline"]
+    losses = [record["loss"] for record in read_metrics(workdir / "metrics.jsonl") if "loss" in record]
+    assert all(0 < loss < 10 for loss in losses) and len(losses) >= 4
 
 
 # -------------------------------------------------------------------------------------------------------- what it needs

@@ -12,10 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
+import vlm_jax
+from vlm_jax import convert
 from vlm_jax.errors import UsageError
+from vlm_jax.families import make_family
+from vlm_jax.inference.load import save
 from vlm_jax.interop import hub
+from vlm_jax.models import presets
 
 TOKEN = "hf_secretsecretsecret"
 MODEL = {
@@ -309,6 +316,26 @@ def test_a_push_without_the_right_is_one_line(server: Hub, tmp_path: Path, monke
     assert "hf_other" not in str(error.value)
     with pytest.raises(UsageError, match="--push=mine is not the name of a model"):
         hub.push(tmp_path, "mine", card="")
+
+
+def test_a_model_is_loaded_from_the_hub_and_pushed_to_it(
+    server: Hub, tmp_path: Path, one_device: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tower = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_layers": 2, "num_heads": 2}
+    text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2}
+    model = presets.llava(vision=presets.clip_vit(**tower), connector="mlp2x_gelu", decoder=presets.llama(**text))
+    abstract, draw = make_family(model).bound.abstract, np.random.default_rng(0)
+    params = {path: jax.device_put(draw.normal(size=a.shape).astype("f4"), a.sharding) for path, a in abstract.items()}
+    save(tmp_path / "made", params, model=model, images={"mode": "pad"}, template="plain", tokenizer=None)
+    server.repos["me/made"] = {"main": {file.name: file.read_bytes() for file in (tmp_path / "made").iterdir()}}
+
+    loaded = vlm_jax.load("me/made@main").params
+    assert all((np.asarray(loaded[path]) == np.asarray(value)).all() for path, value in params.items())
+    convert.main(["export", "me/made", str(tmp_path / "hf"), "--push=me/hf", "--license=mit"])
+    assert capsys.readouterr().out == f"{server.url}/me/hf\n"
+    there = server.repos["me/hf"]["main"]
+    assert set(there) == {"README.md", *(file.name for file in (tmp_path / "hf").iterdir())}
+    assert json.loads(there["config.json"])["model_type"] == "llava" and b'license: "mit"' in there["README.md"]
 
 
 @pytest.mark.parametrize("format", ["hf", "llava", "adapter"])
