@@ -5,6 +5,8 @@
 The checkpoint and the model that it becomes are written below DIR (30 GB; default: the folder for temporary files) and
 removed at the end. Printed is the peak resident memory of `python -m vlm_jax.convert import`, above that of an
 interpreter which has imported nothing, and how much of it the imports of the command take. Status 1 above 2 GiB.
+
+On an AMD EPYC with two cores, busy otherwise: 1.11 GiB, of which 0.18 GiB are imports, in 132 s.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def expected(vlm: Any) -> Callable[..., str]:
 @pytest.fixture
 def compiled(vlm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command finds this model loaded and compiled."""
-    monkeypatch.setattr("vlm_jax.inference.load.load", lambda path, dtype: vlm)
+    monkeypatch.setattr("vlm_jax.inference.load.load", lambda path, dtype, template: vlm)
 
 
 def run(model: Path, *argv: str) -> None:
@@ -123,10 +123,16 @@ def test_the_flags_reach_the_model(workdir: Path, capsys: Any, monkeypatch: pyte
             asked.update(settings, seed=requests[0].seed)
             return ["so"]
 
-    monkeypatch.setattr("vlm_jax.inference.load.load", lambda path, dtype: asked.update(dtype=dtype) or Recorder())
-    run(workdir, "--prompt=What?", "--temperature=2", "--top_p=0.95", "--seed=3", "--dtype=bfloat16")
+    def load(path: Path, **settings: Any) -> Recorder:
+        asked.update(settings)
+        return Recorder()
+
+    monkeypatch.setattr("vlm_jax.inference.load.load", load)
+    flags = ("--temperature=2", "--top_p=0.95", "--seed=3", "--dtype=bfloat16", "--template=llava_v1")
+    run(workdir, "--prompt=What?", *flags)
     assert capsys.readouterr() == ("so\n", "")
-    assert asked == {"max_new_tokens": NEW, "sampling": Sampling(2.0, 0.95), "seed": 3, "dtype": "bfloat16"}
+    sampling = {"max_new_tokens": NEW, "sampling": Sampling(2.0, 0.95), "seed": 3}
+    assert asked == {**sampling, "dtype": "bfloat16", "template": "llava_v1"}
 
 
 def test_bfloat16_halves_the_weights_and_says_about_the_same(workdir: Path, vlm: Any) -> None:

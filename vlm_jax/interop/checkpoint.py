@@ -8,7 +8,7 @@ from pathlib import Path
 from vlm_jax.errors import UsageError
 from vlm_jax.interop.hf_config import Json
 from vlm_jax.interop.hub import local_folder
-from vlm_jax.interop.huggingface import TOKENIZER_FILES, Checkpoint, describe_huggingface, open_huggingface
+from vlm_jax.interop.huggingface import TOKENIZER_FILES, Checkpoint, describe_huggingface, normal, open_huggingface
 from vlm_jax.interop.layout import CARRIED, CONFIG, EXTRA, find_model, is_foreign, read_config
 from vlm_jax.interop.llava_artefacts import is_artefact, open_artefact
 from vlm_jax.interop.native import open_entries
@@ -49,9 +49,11 @@ def open_checkpoint(path: str | os.PathLike[str], *, vision: str | None = None, 
         return open_huggingface(folder, vision=vision)
     place = Path(folder)
     config = read_config(place)
-    for key in ("model", "images"):
-        if not isinstance(config.get(key), dict):
-            raise UsageError(f"{place / CONFIG} is damaged: it has no {key!r}")
+    try:
+        normal(config["model"])
+        _ = config["images"]["mode"], config["template"]
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"the {CONFIG} in {folder} is damaged: {type(error).__name__} {error}") from error
     entries, problems = open_entries(folder)
     travelling = (*TOKENIZER_FILES, *(name for name in CARRIED if name != EXTRA))
     return Checkpoint(
