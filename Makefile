@@ -13,7 +13,7 @@ VENV := .venv-$(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info
 endif
 
 RUN := $(VENV)/bin/python
-# Memory in large pages where Linux gives them on request: a step on the CPU takes a quarter less time. Ignored elsewhere.
+# Memory in large pages where Linux gives them on request: much of a small step on the CPU is page faults otherwise.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PIP := $(RUN) -m pip --disable-pip-version-check install -qq --prefer-binary --no-compile
 # What an environment was made from: another interpreter, another place or other requirements make it anew.

@@ -16,7 +16,6 @@ from vlm_jax.data import (
     chat_template,
     encode_conversation,
     encode_prompt,
-    template_for,
     template_of,
 )
 from vlm_jax.data.templates import ALIASES, TEMPLATES, get_template
@@ -137,27 +136,6 @@ def test_every_name_of_llava_is_there() -> None:
     assert not ALIASES.keys() & TEMPLATES.keys()
     with pytest.raises(UsageError, match="did you mean 'chatml_direct'"):
         get_template("chatml_dirct")
-
-
-@pytest.mark.parametrize(
-    ("name", "template"),
-    [
-        ("liuhaotian/llava-v1.5-7b", "llava_v1"),
-        ("liuhaotian/llava-v1.6-mistral-7b", "mistral_instruct"),
-        ("LLaVA-v1.6-34B", "chatml_direct"),
-        ("liuhaotian/llava-llama-2-13b-chat-lightning-preview", "llava_llama_2"),
-        ("liuhaotian/LLaVA-Lightning-MPT-7B-preview", "mpt"),
-        ("liuhaotian/LLaVA-13b-delta-v0", "llava_v0"),
-        ("/models/v1/mine", "llava_v0"),  # the last part of a path decides
-        ("llava-hf/llava-v1.6-mistral-7b-hf@v1.0", "mistral_instruct"),
-        ("runs/llava-v1.5-lora/checkpoint-500/", "llava_v1"),
-        ("llava-hf/llava-1.5-7b-hf", "vicuna_v1"),
-        ("llava-hf/llava-interleave-qwen-0.5b-hf", "qwen_1_5"),
-        ("llava-hf/llama3-llava-next-8b-hf", "llava_llama_3"),
-    ],
-)
-def test_a_models_name_tells_its_template(name: str, template: str) -> None:
-    assert template_for(name) == template and get_template(template)
 
 
 IMAGE = {"type": "image"}

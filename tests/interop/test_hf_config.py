@@ -211,4 +211,6 @@ def test_templates_are_told_by_chat_template_or_name() -> None:
     assert tell_template("{{ message['role'].upper() + ': '}}", LLAVA15, "x") == "vicuna_v1_hf"
     assert tell_template("{{ x }}", LLAVA15, "llava-v1.5-7b") is None
     assert tell_template(None, {"model_type": "llava_llama"}, "models/llava-v1.6-34b") == "chatml_direct"
+    assert tell_template(None, {"model_type": "llava_llama"}, "llama3-llava-next-8b-hf") == "llava_llama_3"
+    assert tell_template(None, {"model_type": "llava_llama"}, "models/llava-1.5-7b") == "vicuna_v1"
     assert tell_template(None, {"model_type": "llava_llama"}, "models/mine") is None

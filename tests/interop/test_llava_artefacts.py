@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 
 import vlm_jax
 from vlm_jax.errors import UsageError
@@ -17,7 +18,6 @@ from vlm_jax.interop.llava_artefacts import open_connector
 from vlm_jax.interop.native import write_model
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 LOGITS = 1e-4  # of the largest logit
 

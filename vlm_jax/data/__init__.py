@@ -10,7 +10,7 @@ from vlm_jax.data.formats import parse_record
 from vlm_jax.data.images import ImageSettings, normalise, open_image, process
 from vlm_jax.data.records import BAD_KINDS, BadRecord, Image, Message, Record
 from vlm_jax.data.sources import SourceSpec, open_source, resolve
-from vlm_jax.data.templates import TEMPLATES, template_for
+from vlm_jax.data.templates import TEMPLATES
 
 __all__ = [
     "BAD_KINDS",
@@ -33,6 +33,5 @@ __all__ = [
     "parse_record",
     "process",
     "resolve",
-    "template_for",
     "template_of",
 ]

@@ -44,7 +44,6 @@ class Image:
 
 
 Part = str | Image
-ROLES = ("system", "user", "assistant")
 
 
 @dataclasses.dataclass(frozen=True)

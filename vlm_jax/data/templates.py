@@ -7,7 +7,6 @@ this table and nothing else knows its name; `ALIASES` are the reference's other 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import replace
 
 from vlm_jax.errors import UsageError, suggest
@@ -339,21 +338,6 @@ ALIASES: dict[str, str] = {
     "llava_next": "llava",  # LLaMA-Factory's
 }
 
-# (part of a model's name in lower case, its template); the first that fits. The first rows are for models that the
-# reference's rule (llava/eval/run_llava.py) does not know, the others are that rule; `llava_v0` is what is left.
-INFERRED: Sequence[tuple[str, str]] = (
-    ("qwen", "qwen_1_5"),
-    ("llama-3", "llava_llama_3"),
-    ("llama3", "llava_llama_3"),
-    ("llava-1.5", "vicuna_v1"),  # Hugging Face's names lack the v
-    ("llama-2", "llava_llama_2"),
-    ("mistral", "mistral_instruct"),
-    ("v1.6-34b", "chatml_direct"),
-    ("v1", "llava_v1"),
-    ("mpt", "mpt"),
-    ("", "llava_v0"),
-)
-
 
 def get_template(name: str) -> Template:
     """The template of this name. Raises UsageError that suggests the nearest."""
@@ -361,14 +345,3 @@ def get_template(name: str) -> Template:
     if name not in known:
         raise UsageError(f"unknown template {name!r}{suggest(name, known)}; known: {', '.join(known)}")
     return TEMPLATES[ALIASES.get(name, name)]
-
-
-def template_for(name: str) -> str:
-    """The template that a model is asked with, by its name or path (`liuhaotian/llava-v1.6-mistral-7b`).
-
-    The rule of the reference's run_llava.py. It gives `llava_v1` for the 1.5 and 1.6 Vicunas, whose system text differs
-    in two words from `vicuna_v1`, that they are trained and evaluated with.
-    """
-    parts = name.partition("@")[0].rstrip("/").lower().split("/")
-    model = "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
-    return next(template for part, template in INFERRED if part in model)

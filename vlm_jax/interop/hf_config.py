@@ -351,13 +351,18 @@ CHAT_TEMPLATES = (
     (("user:", "assistant:"), "vicuna_v1_hf"),
     ((".upper() + ': '",), "vicuna_v1_hf"),
 )
+# By the name of the model alone. The Vicunas of 1.5 and 1.6 are trained and evaluated with `vicuna_v1`; LLaVA's
+# run_llava.py asks them with `llava_v1`, which differs in two words.
 NAMES = (
     (("llama-2",), "llava_llama_2"),
+    (("llama-3",), "llava_llama_3"),
+    (("llama3",), "llava_llama_3"),
     (("mistral",), "mistral_instruct"),
     (("34b",), "chatml_direct"),
     (("qwen",), "qwen_1_5"),
     (("vicuna",), "vicuna_v1"),
     (("v1.5",), "vicuna_v1"),
+    (("llava-1.5",), "vicuna_v1"),
     (("v1.6",), "vicuna_v1"),
 )
 

@@ -45,7 +45,6 @@ from vlm_jax.interop.tokenizers import add_image_token, drop_tokens, has_tokeniz
 from vlm_jax.interop.weights import Lazy, held, write_shards
 
 SHARD = 5 << 30  # bytes, as transformers 4 writes them
-DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
 # Vocabularies of decoders that are found in LLaVAs, to tell how many rows of a padded embedding are theirs.
 VOCABULARIES = (32_000, 32_768, 64_000, 128_256, 151_936, 152_064)
 FROM_TEMPLATE = ("preprocessor_config.json", "processor_config.json")

@@ -188,9 +188,3 @@ def qwen15_05b(**changes: Any) -> Settings:
     """Qwen/Qwen1.5-0.5B-Chat (model type qwen2)."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_layers": 24, "num_heads": 16}
     return qwen2(**{"vocab_size": 151_936, "tie_embeddings": True, **sizes, **changes})
-
-
-def qwen2_05b(**changes: Any) -> Settings:
-    """Qwen/Qwen2-0.5B-Instruct."""
-    sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_layers": 24, "num_heads": 14, "num_kv_heads": 2}
-    return qwen2(**{"vocab_size": 151_936, "tie_embeddings": True, **sizes, **changes})

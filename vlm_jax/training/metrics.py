@@ -268,7 +268,6 @@ class _Wandb:
         name = re.sub(r"[^\w.-]+", "-", os.fspath(workdir).strip("/"))
         arguments = {"name": workdir.name, "id": name[-120:], "resume": "allow", **arguments}
         self._run = wandb.init(config=dict(config or {}), **arguments)
-        self._stages: set[str] = set()
 
     def start_stage(self, stage: str, step: int) -> None:
         self._run.define_metric(f"{stage}/step")
