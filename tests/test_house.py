@@ -28,7 +28,7 @@ LEVELS = (
     ("train", "evaluate", "generate", "convert", "plan"),
 )
 # May be imported from anywhere, and import nothing but one another.
-EVERYWHERE = ("errors", "compat", "config", "coming_from")
+EVERYWHERE = ("errors", "compat", "config", "values", "coming_from")
 FORBIDDEN = (("data", "models"),)  # beside each other, yet never
 
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

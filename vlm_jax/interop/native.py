@@ -11,12 +11,14 @@ A model is written aside and moved into place at the end, `config.json` last: a 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,11 +26,10 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
-from safetensors.numpy import save_file
 
 from vlm_jax.errors import UsageError
 from vlm_jax.interop.layout import CARRIED, CONFIG, EXTRA, FORMAT, INDEX, PARTIAL, read_config
-from vlm_jax.interop.weights import Lazy, open_safetensors, write_safetensors, write_shards
+from vlm_jax.interop.weights import SHARD_BYTES, Lazy, open_safetensors, shards_of, write_safetensors, write_shards
 
 __all__ = [
     "check_entries",
@@ -62,54 +63,23 @@ def save_model(
     tokenizer: Any = None,
     extra: Mapping[str, Lazy] | None = None,
     files: Mapping[str, str | os.PathLike[str]] | None = None,
-    shard_bytes: int = 4 << 30,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes weights, `config.json` and the tokenizer's files. Process 0 writes, every process must call.
 
     A model that was there before stays until the new one is wholly written; other files in the folder stay.
     extra, files: what an imported model carries along, the tensors of EXTRA and copies of files by their names.
     """
-    folder = epath.Path(directory)
-    writer = jax.process_index() == 0
-    partial = folder / PARTIAL
-    if writer:
-        if partial.exists():
-            partial.rmtree()
-        partial.mkdir(parents=True)
+    tensors = _unstacked(params)
+    if jax.process_index() != 0:
+        for name in itertools.chain.from_iterable(shards_of(tensors, shard_bytes)):
+            tensors[name].read()  # its part in the gather
+        return
+    with tempfile.TemporaryDirectory() as folder:
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(partial))
-        for name, file in (files or {}).items():
-            epath.Path(file).copy(partial / name)
-        if extra:
-            write_safetensors(partial / EXTRA, extra, format=FORMAT)
-        (partial / CONFIG).write_text(json.dumps({"format": FORMAT, **config}, indent=1))
-    sizes = {path: int(np.prod(a.shape)) * a.dtype.itemsize for path, a in params.items()}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for path in params:
-        if shards[-1] and filled + sizes[path] > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(path)
-        filled += sizes[path]
-    index: dict[str, str] = {}
-    for number, paths in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors: dict[str, np.ndarray] = {}
-        for path in paths:
-            value = _on_host(params[path])
-            parts = value if STACKED.fullmatch(path) else [value]
-            names = entries(path, value.shape)
-            tensors.update({name: np.ascontiguousarray(part) for name, part in zip(names, parts, strict=True)})
-        if writer:
-            save_file(tensors, str(partial / file), metadata={"format": FORMAT})
-            shutil.copymode(partial / CONFIG, partial / file)  # safetensors lets only the owner read it
-        index.update(dict.fromkeys(tensors, file))
-    if writer:
-        (partial / INDEX).write_text(
-            json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}, indent=1)
-        )
-        _move_into_place(folder, partial)
+            tokenizer.save_pretrained(folder)
+        files = {file.name: file for file in Path(folder).iterdir()} | dict(files or {})
+        write_model(directory, tensors, config, extra=extra or {}, files=files, shard_bytes=shard_bytes)
 
 
 def write_model(
@@ -119,17 +89,36 @@ def write_model(
     *,
     extra: Mapping[str, Lazy],
     files: Mapping[str, str | os.PathLike[str]],
-    shard_bytes: int = 4 << 30,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a model tensor by tensor, each in its own dtype: `tensors` by their names on disk, `extra` as EXTRA, and
     copies of `files`."""
     with written_aside(directory) as partial:
         for name, file in files.items():
-            shutil.copyfile(file, partial / name)
+            epath.Path(file).copy(partial / name)
         write_shards(partial, tensors, format=FORMAT, shard_bytes=shard_bytes, one_file=False)
         if extra:
             write_safetensors(partial / EXTRA, extra, format=FORMAT)
         (partial / CONFIG).write_text(json.dumps({"format": FORMAT, **config}, indent=1))
+
+
+def _unstacked(params: Mapping[str, jax.Array]) -> dict[str, Lazy]:
+    """The tensors on disk of parameters on devices, each brought to the host alone when its turn comes."""
+
+    def lazy(x: jax.Array, layer: int | None) -> Lazy:
+        def fetch(index: Any) -> np.ndarray:
+            one = x if layer is None else jax.lax.index_in_dim(x, layer, keepdims=False)
+            if not one.is_fully_addressable:
+                return np.asarray(multihost_utils.process_allgather(one, tiled=True))[index]
+            return np.asarray(one)[index]
+
+        return Lazy(x.shape if layer is None else x.shape[1:], x.dtype, fetch)
+
+    tensors = {}
+    for path, x in params.items():
+        layers = range(len(x)) if STACKED.fullmatch(path) else [None]
+        tensors.update({name: lazy(x, layer) for name, layer in zip(entries(path, x.shape), layers, strict=True)})
+    return tensors
 
 
 @contextmanager
@@ -161,12 +150,6 @@ def _move_into_place(folder: epath.Path, partial: epath.Path) -> None:
     for name in sorted(new, key=lambda name: name == CONFIG):
         (partial / name).replace(folder / name)
     partial.rmdir()
-
-
-def _on_host(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def load_params(directory: str, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

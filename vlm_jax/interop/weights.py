@@ -16,9 +16,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from vlm_jax.errors import UsageError
 
+SHARD_BYTES = 4 << 30  # of a file of our own
 MAX_HEADER = 100 << 20  # bytes, as safetensors has it
 DTYPES = {
     "BOOL": np.dtype(bool),
@@ -114,8 +116,7 @@ def open_torch(path: str | os.PathLike[str]) -> dict[str, Lazy]:
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], *, format: str) -> None:
     """Writes a file, reading each tensor when its turn comes. `format` is what its metadata tells."""
-    # Wide numbers first, as safetensors orders them, so that each value lies on a multiple of its size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    order = _in_order(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": format}}
     offset = 0
     for name in order:
@@ -127,7 +128,7 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Lazy],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as stream:
+    with epath.Path(path).open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             value = np.ascontiguousarray(tensors[name].read())
@@ -139,22 +140,34 @@ def write_shards(
 ) -> None:
     """Writes `model-00001-of-0000N.safetensors` and their index; with `one_file`, a model that fits into one shard as
     `model.safetensors` without an index, as transformers does."""
-    shards: list[dict[str, Lazy]] = [{}]
-    filled = 0
-    for name, lazy in tensors.items():
-        if shards[-1] and filled + lazy.nbytes > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = lazy
-        filled += lazy.nbytes
+    shards = [{name: tensors[name] for name in names} for names in shards_of(tensors, shard_bytes)]
+    place = epath.Path(folder)
     if one_file and len(shards) == 1:
-        write_safetensors(Path(folder) / "model.safetensors", shards[0], format=format)
+        write_safetensors(place / "model.safetensors", shards[0], format=format)
         return
     index = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(Path(folder) / file, shard, format=format)
+        write_safetensors(place / file, shard, format=format)
         index.update(dict.fromkeys(shard, file))
     total = sum(lazy.nbytes for lazy in tensors.values())
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
-    (Path(folder) / "model.safetensors.index.json").write_text(text)
+    (place / "model.safetensors.index.json").write_text(text)
+
+
+def shards_of(tensors: Mapping[str, Lazy], shard_bytes: int) -> list[list[str]]:
+    """The tensors of each shard, in the order in which `write_shards` reads them."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, lazy in tensors.items():
+        if shards[-1] and filled + lazy.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += lazy.nbytes
+    return [_in_order({name: tensors[name] for name in names}) for names in shards]
+
+
+def _in_order(tensors: Mapping[str, Lazy]) -> list[str]:
+    """Wide numbers first, as safetensors orders them, so that each value lies on a multiple of its size."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
