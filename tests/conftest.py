@@ -6,6 +6,7 @@ The environment is set here, at import, because jax reads it when it is first im
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,5 +59,39 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(
             command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_processes() -> Callable[..., list[str]]:
+    """Runs a program as `count` processes of one JAX job, one device each: `run(program, *arguments, count=2)`.
+
+    Each gets the arguments, the address to meet at and its own number; returns what each printed. A process that does
+    not end well fails the test with its stderr.
+    """
+
+    def run(program: str, *arguments: str, count: int = 2) -> list[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        flags = XLA_FLAGS.replace(f"count={DEVICES}", "count=1")
+        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": flags}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, *arguments, address, str(number)],
+                env=environ,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(count)
+        ]
+        printed = []
+        for process in processes:
+            out, error = process.communicate(timeout=300)
+            assert process.returncode == 0, error
+            printed.append(out)
+        return printed
 
     return run

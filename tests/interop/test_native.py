@@ -255,3 +255,34 @@ def test_what_is_no_model_of_ours_is_named(saved: Path, tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UsageError, match=says):
             find_model(tmp_path / name)
+
+
+TWO_PROCESSES = """
+import sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from vlm_jax.interop.native import save_model
+from vlm_jax.sharding import make_mesh
+
+folder, address, process = sys.argv[1:]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(address, 2, int(process))
+mesh = make_mesh()
+with jax.set_mesh(mesh):
+    def placed(shape, spec):
+        whole = np.arange(np.prod(shape), dtype="f4").reshape(shape)
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), lambda index: whole[index])
+    params = {"decoder/layers/up/kernel": placed((3, 4, 2), P(None, "fsdp")), "newline": placed((4,), P())}
+    save_model(folder, params, {}, shard_bytes=40)
+"""
+
+
+def test_two_processes_write_one_model(tmp_path: Path, run_processes: Callable[..., list[str]]) -> None:
+    run_processes(TWO_PROCESSES, str(tmp_path / "model"))
+    found, problems = native.open_entries(tmp_path / "model")
+    assert not problems
+    for layer in range(3):
+        assert np.array_equal(
+            found[f"decoder.layers.{layer}.up.kernel"].read(), np.arange(24, dtype="f4").reshape(3, 4, 2)[layer]
+        )
+    assert np.array_equal(found["newline"].read(), np.arange(4, dtype="f4"))
