@@ -31,25 +31,26 @@ def get_config(args: str = "") -> ConfigDict:
         connector="mlp2x_gelu",
         decoder=llama(
             vocab_size=72,
-            hidden_size=192,
-            intermediate_size=512,
-            num_layers=3,
-            num_heads=6,
+            hidden_size=160,
+            intermediate_size=432,
+            num_layers=4,
+            num_heads=5,
             tie_embeddings=True,
+            qk_norm=True,  # bears the higher learning rate
         ),
     )
     c.tokenizer = "digits:tokenizer"
     c.images.mode = "resize"
     c.stages = (
-        stage("align", train="digits:align", template="plain", samples=48, steps=700, lr=7e-4, warmup=0.05),
+        stage("align", train="digits:align", template="plain", samples=32, steps=1400, lr=1e-3, warmup=0.05),
         stage(
             "finetune",
             train="digits:train",
             eval="digits:eval",
             template="vicuna_v1",
-            samples=32,
-            steps=900,
-            lr=7e-4,
+            samples=24,
+            steps=850,
+            lr=1e-3,
             warmup=0.05,
         ),
     )
