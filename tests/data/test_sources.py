@@ -90,7 +90,7 @@ def test_json_and_jsonl_are_read_one_record_at_a_time(tmp_path: Path, mark: str)
         ("a.json", "[{'id': 1}]", "not valid JSON"),
         ("a.jsonl", '{"id": 1}\n{"id"\n', "line 2 of"),
         ("a.jsonl", "\n\n", "no records"),
-        ("a.csv", "id,image", "neither .json"),
+        ("a.csv", "id,image", "no known kind"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path: Path, name: str, text: str | None, says: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from vlm_jax.data.formats.columns import Columns
 from vlm_jax.data.records import BadRecord, Image, Message, Part, Record
 from vlm_jax.errors import suggest
 
@@ -20,8 +21,10 @@ IMAGE_TYPES = ("image", "image_url")
 USED = ("id", "image", "images", "conversations", "messages")
 
 
-def parse_record(raw: Any, name: str = "record") -> Record:
+def parse_record(raw: Any, name: str = "record", columns: Columns | None = None) -> Record:
     """A record from its JSON form; `name` is its id if it has none. Raises BadRecord("malformed")."""
+    if columns is not None and isinstance(raw, Mapping):
+        raw = columns.translate(raw)
     if not isinstance(raw, Mapping):
         raise _malformed(f"it is a {type(raw).__name__}, not an object with conversations or messages")
     turns = raw.get("conversations", raw.get("messages"))
