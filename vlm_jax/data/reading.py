@@ -12,13 +12,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
 from absl import flags
 
+from vlm_jax.data.anyres import Layout
 from vlm_jax.data.conversation import UNTRAINED, begin_with_user, encode_conversation
 from vlm_jax.data.images import ImageSettings, Picture, layout, process
 from vlm_jax.data.order import Order
@@ -27,6 +28,7 @@ from vlm_jax.data.rows import Row, expanded_length, fusion_row
 from vlm_jax.data.sources import Source
 from vlm_jax.errors import UsageError
 
+Element = TypeVar("Element")
 THREADS = 4  # of the trainer's process, without workers; each worker has two
 SMALL_ARRAY = 1 << 16  # bytes; larger arrays come from a worker through shared memory
 
@@ -45,6 +47,34 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Measured:
+    """A record before its images are decoded.
+
+    ids, labels: int32 [L], an image is one position. pictures, layouts: of each image. settings: as many images share.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    pictures: tuple[Picture, ...]
+    layouts: tuple[Layout, ...]
+    settings: ImageSettings
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the token row, the visual ones among them."""
+        return expanded_length(self.ids, self.layouts)
+
+    @property
+    def tiles(self) -> int:
+        return sum(one.tiles for one in self.layouts)
+
+    @property
+    def trained(self) -> int:
+        """Positions that have a label once they are shifted: the first token of a row is nobody's target."""
+        return int((self.labels[1:] != UNTRAINED).sum())
+
+
+@dataclasses.dataclass(frozen=True)
 class FusionEncoder:
     """Makes prefix-fusion rows (LLaVA) of records.
 
@@ -60,10 +90,10 @@ class FusionEncoder:
     image_placement: str = "first"
     compat_drop_mismatch: bool = False
 
-    def __call__(self, record: Record, folder: str | os.PathLike, seed: tuple[int, ...] = (0,)) -> Row:
-        """Raises BadRecord. The images are decoded last, since that takes the time; their headers tell the length.
+    def measure(self, record: Record, folder: str | os.PathLike, seed: Sequence[int] = (0,)) -> Measured:
+        """What the text and the headers of the images tell; no image is decoded, and no limit applies.
 
-        seed: of random placement.
+        seed: of random placement. Raises BadRecord.
         """
         encode = functools.partial(
             encode_conversation,
@@ -80,17 +110,24 @@ class FusionEncoder:
         if self.compat_drop_mismatch and (encode(compat_drop_mismatch=True)["labels"] == UNTRAINED).all():
             raise BadRecord("mismatch", f"LLaVA does not count {len(ids)} tokens as we do, and drops it")
         settings = self.images.of(len(record.images))
-        pictures = [Picture(image, folder) for image in record.images]
-        layouts = [layout(picture.size, settings) for picture in pictures]
-        tiles, length = sum(one.tiles for one in layouts), expanded_length(ids, layouts)
-        if length > self.longest or tiles > self.most_tiles:
+        pictures = tuple(Picture(image, folder) for image in record.images)
+        layouts = tuple(layout(picture.size, settings) for picture in pictures)
+        return Measured(ids, labels, pictures, layouts, settings)
+
+    def __call__(self, record: Record, folder: str | os.PathLike, seed: Sequence[int] = (0,)) -> Row:
+        """Raises BadRecord. The images are decoded last, since that takes the time.
+
+        seed: of random placement.
+        """
+        one = self.measure(record, folder, seed)
+        if one.tokens > self.longest or one.tiles > self.most_tiles:
             raise BadRecord(
                 "too_long",
-                f"it has {length} tokens and {tiles} tiles; the largest bucket holds {self.longest} and "
+                f"it has {one.tokens} tokens and {one.tiles} tiles; the largest bucket holds {self.longest} and "
                 f"{self.most_tiles}",
             )
-        pixels = [process(picture.pixels(), settings) for picture in pictures]
-        return fusion_row(ids, labels, pixels, layouts, self.images)
+        pixels = [process(picture.pixels(), one.settings) for picture in one.pictures]
+        return fusion_row(one.ids, one.labels, pixels, one.layouts, self.images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +161,8 @@ class Reader:
             return {"sample": dataclasses.replace(sample, kind=error.kind, message=str(error)), "row": {}}
 
 
-def read(reader: Reader, first: int, last: int, workers: int, ahead: int) -> Generator[dict[str, Any]]:
-    """The elements `first : last` in order, read about `ahead` of them in advance; to be closed after use.
+def read(reader: Callable[[int], Element], first: int, last: int, workers: int, ahead: int) -> Generator[Element]:
+    """`reader` of the numbers `first : last` in order, about `ahead` of them in advance; to be closed after use.
 
     workers: processes that read; 0 reads in threads of this one. The elements do not depend on it.
     """
