@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -57,9 +56,8 @@ class Run:
 
     def __init__(self, config: Any, workdir: Path, command: str):
         from vlm_jax.data import open_source
-        from vlm_jax.data.sources import resolve
         from vlm_jax.families import dtype_of, make_family
-        from vlm_jax.inference.load import open_tokenizer
+        from vlm_jax.inputs import run_tokenizer
         from vlm_jax.interop.starting import open_start
         from vlm_jax.recipe import stages
 
@@ -71,15 +69,7 @@ class Run:
         self.folders = [workdir / "checkpoints" / f"{i}-{stage.name}" for i, stage in enumerate(self.stages)]
         model = plain(config.model)
         self.start = open_start(config.init_from, plain(config.parts), model, self.family.bound.abstract)
-        tokenizer = config.tokenizer or config.init_from or config.parts.decoder
-        if not tokenizer:
-            raise UsageError("the config names no tokenizer: give --config.tokenizer=FOLDER or a hub id")
-        self.tokenizer = open_tokenizer(str(resolve(tokenizer)[0]) if _is_local(tokenizer) else tokenizer)
-        if len(self.tokenizer) > self.family.vocab_size:
-            raise UsageError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, but config.model.decoder.vocab_size is "
-                f"{self.family.vocab_size}"
-            )
+        self.tokenizer = run_tokenizer(config, self.family.vocab_size)
         self.loaders = [self._loader(i) for i in range(len(self.stages))]
         self.eval_sources = [open_source(s.eval.path, s.eval.images) if s.eval else None for s in self.stages]
         for number in range(len(self.stages)):
@@ -149,34 +139,10 @@ class Run:
 
     def _loader(self, number: int, **changes: Any) -> Any:
         """The training data of a stage; with `changes`, other data read the same way."""
-        from vlm_jax.data.loader import Loader
-        from vlm_jax.sharding import batch_shards
+        from vlm_jax.inputs import stage_loader
 
-        config, stage = self.config, self.stages[number]
-        shards = batch_shards()
-        samples = changes.pop("samples", stage.samples)
-        per_device = config.batch.per_device or math.ceil(samples / shards)
-        settings: dict[str, Any] = {
-            "sources": stage.train,
-            "tokenizer": self.tokenizer,
-            "template": stage.template,
-            "image_placement": stage.image_placement,
-            "compat_drop_mismatch": stage.compat_drop_mismatch,
-            "images": self.images[number],
-            "samples": samples,
-            "rows": per_device * shards,
-            "micro_batches": math.ceil(samples / (per_device * shards)),
-            "lengths": config.buckets.lengths,
-            "tiles": config.buckets.tiles,
-            "seed": config.seed + number,
-            "epochs": stage.epochs,
-            "steps": stage.steps,
-            "workers": config.data.workers,
-            "max_bad_fraction": config.data.max_bad_fraction,
-            "bad_records": self.workdir,
-            "stage": stage.name,
-        }
-        return Loader(**{**settings, **changes})
+        own: dict[str, Any] = {"tokenizer": self.tokenizer, "images": self.images[number], "bad_records": self.workdir}
+        return stage_loader(self.config, self.stages[number], number, **{**own, **changes})
 
     def train(self, stop: Any, began: float) -> None:
         """Runs what is left of every stage, then evaluates and writes the model."""
@@ -467,10 +433,6 @@ def _last_step(folder: Path) -> int | None:
     """The newest step in a folder of checkpoints."""
     steps = [int(child.name) for child in folder.iterdir() if child.name.isdecimal()] if folder.is_dir() else []
     return max(steps, default=None)
-
-
-def _is_local(tokenizer: str) -> bool:
-    return ":" in tokenizer or os.path.isdir(os.path.expanduser(tokenizer))
 
 
 if __name__ == "__main__":
