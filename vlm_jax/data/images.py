@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vlm_jax.data import anyres
 from vlm_jax.data.anyres import Layout, Size
@@ -200,6 +200,7 @@ class Picture:
         self._pixels: np.ndarray | None = None
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
             self._pixels, self.size = image, (image.shape[1], image.shape[0])
+            self._source = None
             return
         self._source, self._name = image, "the image"
         if isinstance(image, (str, os.PathLike)):
@@ -212,6 +213,23 @@ class Picture:
     def pixels(self) -> np.ndarray:
         """uint8 [H, W, 3]. Raises BadRecord("broken_image")."""
         return _decode(self._image, self._source, self._name) if self._pixels is None else self._pixels
+
+    @property
+    def encoded(self) -> bytes | None:
+        """The file as it is; None for an image that is none."""
+        return bytes(self._source) if isinstance(self._source, (bytes, bytearray, memoryview)) else None
+
+    @property
+    def orientation(self) -> int:
+        """How the file asks to be turned or mirrored: EXIF's orientation, 2 to 8; 1 as it is stored. `pixels()` does
+        not turn it."""
+        if self._pixels is not None:
+            return 1
+        try:
+            value = self._image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # as in `_open`; damaged notes about an image do not make it a broken one
+            return 1
+        return value if value in range(2, 9) else 1
 
 
 def _read(path: str, root: str | os.PathLike | None) -> bytes:
