@@ -1,108 +1,161 @@
-"""The forms in which records come, and the one form that we use.
+"""The forms in which records come, and the one form that we use: a `Record`.
 
-LLaVA's JSON (haotian-liu/LLaVA docs/Finetune_Custom_Data.md): `id`, `image` (a path, a list, or absent) and
-`conversations` of `{"from": "human" | "gpt", "value"}` with `<image>` where an image stands. Chat `messages` (Hugging
-Face, TRL, LLaMA-Factory): `{"role", "content"}`, the content a string with `<image>` or a list of `{"type": "text",
-"text"}` and `{"type": "image"}`, the images inside the parts or in the record's `images` (or `image`).
+`FORMATS` is the table of them; docs/reference/formats.md has an example of each. Sources: haotian-liu/LLaVA
+docs/Finetune_Custom_Data.md; hiyouga/LLaMA-Factory data/README.md; TRL docs/source/dataset_formats.md; modelscope/ms-swift
+docs Custom-dataset; HuggingFaceM4/the_cauldron and FineVision; allenai/mmc4; HuggingFaceM4/OBELICS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlm_jax.data.formats.columns import Columns
-from vlm_jax.data.records import BadRecord, Image, Message, Part, Record
+from vlm_jax.data.formats.documents import parse_mmc4, parse_obelics
+from vlm_jax.data.formats.turns import PLACEHOLDER, images_of, malformed, parse_turns
+from vlm_jax.data.records import Message, Record
 from vlm_jax.errors import suggest
 
-PLACEHOLDER = "<image>"
-ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-IMAGE_TYPES = ("image", "image_url")
-USED = ("id", "image", "images", "conversations", "messages")
+__all__ = ["FORMATS", "PLACEHOLDER", "Columns", "Format", "parse_record", "parse_turns"]
+
+Content = tuple[tuple[Message, ...], tuple[Any, ...]]  # messages, and the images in them
+
+
+def _conversations(raw: Mapping[str, Any]) -> Content:
+    return parse_turns(raw["conversations"], images_of(raw), raw.get("system"))
+
+
+def _messages(raw: Mapping[str, Any]) -> Content:
+    return parse_turns(raw["messages"], images_of(raw), raw.get("system"))
+
+
+def _prompt(raw: Mapping[str, Any]) -> Content:
+    prompt, completion = _turns(raw["prompt"], "user"), _turns(raw["completion"], "assistant")
+    messages, images = parse_turns([*prompt, *completion], images_of(raw), raw.get("system"))
+    asked = len(messages) - len(completion)
+    return tuple(dataclasses.replace(m, train=m.train and n >= asked) for n, m in enumerate(messages)), images
+
+
+def _query(raw: Mapping[str, Any]) -> Content:
+    return _asked(raw, raw["query"], raw["response"])
+
+
+def _instruction(raw: Mapping[str, Any]) -> Content:
+    given = raw.get("input") or ""
+    return _asked(raw, f"{raw['instruction']}\n{given}" if given else raw["instruction"], raw["output"])
+
+
+def _texts(raw: Mapping[str, Any]) -> Content:
+    texts = raw["texts"]
+    if not isinstance(texts, Sequence) or isinstance(texts, str) or not texts:
+        raise malformed("its texts are not a list, or an empty one")
+    if not isinstance(texts[0], Mapping):
+        return parse_obelics(texts, raw["images"])
+    turns = []
+    for number, pair in enumerate(texts, 1):
+        if not isinstance(pair, Mapping) or not isinstance(pair.get("user"), str) or "assistant" not in pair:
+            raise malformed(f"text {number} is {pair!r:.80}; it needs 'user' and 'assistant'")
+        turns += [{"role": role, "content": pair[role]} for role in ("user", "assistant")]
+    images = images_of(raw)
+    if images and not any(PLACEHOLDER in str(turn["content"]) for turn in turns):
+        turns[0]["content"] = PLACEHOLDER * len(images) + turns[0]["content"]  # this format's images stand first
+    return parse_turns(turns, images)
+
+
+def _documents(raw: Mapping[str, Any]) -> Content:
+    return parse_mmc4(raw["text_list"], raw["image_info"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """needs: the keys that tell it. takes: those that it reads besides. read: a record of it -> messages and images."""
+
+    name: str
+    needs: tuple[str, ...]
+    takes: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], Content]
+
+
+IMAGES = ("image", "images")
+FORMATS = (
+    Format("conversations (LLaVA, ShareGPT)", ("conversations",), (*IMAGES, "system"), _conversations),
+    Format("messages (TRL, LLaMA-Factory, ms-swift)", ("messages",), (*IMAGES, "system"), _messages),
+    Format("prompt and completion (TRL)", ("prompt", "completion"), (*IMAGES, "system"), _prompt),
+    Format("query and response (ms-swift)", ("query", "response"), (*IMAGES, "system", "history"), _query),
+    Format(
+        "instruction and output (Alpaca)",
+        ("instruction", "output"),
+        (*IMAGES, "system", "history", "input"),
+        _instruction,
+    ),
+    Format("images and texts (FineVision, the_cauldron, OBELICS)", ("images", "texts"), (), _texts),
+    Format("text_list and image_info (MMC4)", ("text_list", "image_info"), (), _documents),
+)
+# What a record may hold that would be lost if the rest were trained on.
+UNREAD = {
+    "video": "videos are not read",
+    "videos": "videos are not read",
+    "audio": "sound is not read",
+    "audios": "sound is not read",
+    "tools": "calls of tools are not read",
+    "objects": "boxes are not filled in; write them into the texts",
+    "chosen": "pairs of answers to choose between are not read",
+    "rejected": "pairs of answers to choose between are not read",
+    "rejected_response": "pairs of answers to choose between are not read",
+}
 
 
 def parse_record(raw: Any, name: str = "record", columns: Columns | None = None) -> Record:
-    """A record from its JSON form; `name` is its id if it has none. Raises BadRecord("malformed")."""
-    if columns is not None and isinstance(raw, Mapping):
-        raw = columns.translate(raw)
-    if not isinstance(raw, Mapping):
-        raise _malformed(f"it is a {type(raw).__name__}, not an object with conversations or messages")
-    turns = raw.get("conversations", raw.get("messages"))
-    if turns is None:
-        raise _malformed("it has neither 'conversations' nor 'messages'")
-    messages, images = parse_turns(turns, _listed(raw.get("image", raw.get("images"))))
-    extra = {key: value for key, value in raw.items() if key not in USED}
-    return Record(str(raw.get("id", name)), messages, images, extra=extra)
+    """A record of any of the `FORMATS`.
 
-
-def parse_turns(turns: Any, given: Sequence[Any] | None = ()) -> tuple[tuple[Message, ...], tuple[Any, ...]]:
-    """The messages of a conversation and the images in them, in order of appearance.
-
-    given: the images of the record, for placeholders that name none. None if they are not known: each placeholder
-      then stands for an image that the caller has.
-    Raises BadRecord("malformed"): not a list of turns, an unknown role, or placeholders and images that do not match.
+    name: its id if it has none. columns: what it calls its keys, where these are not the format's.
+    Raises BadRecord("malformed"), for an unknown form with the nearest and what is missing.
     """
-    if isinstance(turns, (str, Mapping)) or not isinstance(turns, Sequence) or not turns:
-        raise _malformed("its conversation is not a list of turns")
-    unnamed = iter(given if given is not None else ())
-    images: list[Any] = []
-    messages, wanted = [], 0
-    for turn in turns:
-        role, content = _turn(turn)
-        parts: list[Part] = []
-        for part in _parts(content):
-            if isinstance(part, str):
-                parts.append(part)
-                continue
-            parts.append(Image(len(images)))
-            wanted += part is None
-            images.append(next(unnamed, None) if part is None else part[0])
-        messages.append(Message(role, tuple(part for part in parts if part != "")))
-    if given is not None and wanted != len(given):
-        raise _malformed(f"it has {wanted} {PLACEHOLDER} placeholder(s) for {len(given)} image(s)")
-    return tuple(messages), tuple(images)
+    if not isinstance(raw, Mapping):
+        raise malformed(f"it is a {type(raw).__name__}, not an object with conversations or messages")
+    if columns is not None:
+        raw = columns.translate(raw)
+    given = {key: value for key, value in raw.items() if value is not None}
+    form = next((form for form in FORMATS if all(key in given for key in form.needs)), None)
+    for key, why in UNREAD.items():
+        if given.get(key):
+            raise malformed(f"it has {key!r}: {why}")
+    if form is None:
+        raise malformed(_nearest(given))
+    messages, images = form.read(given)
+    used = ("id", *form.needs, *form.takes)
+    extra = {key: value for key, value in raw.items() if key not in used}
+    return Record(str(given.get("id", name)), messages, images, extra=extra)
 
 
-def _turn(turn: Any) -> tuple[str, Any]:
-    if not isinstance(turn, Mapping):
-        raise _malformed(f"a turn is a {type(turn).__name__}, not an object")
-    said_by, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if said_by is None or content is None:
-        raise _malformed("a turn lacks its speaker ('from' or 'role') or what is said ('value' or 'content')")
-    if said_by not in ROLE_OF:
-        raise _malformed(f"a turn is by {said_by!r}, not by {', '.join(ROLE_OF)}{suggest(str(said_by), ROLE_OF)}")
-    return ROLE_OF[said_by], content
+def _nearest(given: Mapping[str, Any]) -> str:
+    """What a record of no known form has, which form comes nearest, and what it lacks."""
+
+    def fit(form: Format) -> tuple[float, int]:
+        near = sum(bool(suggest(key, given)) for key in form.needs)
+        return near / len(form.needs), sum(key in given for key in form.takes)
+
+    form = max(FORMATS, key=fit)
+    lacking = [f"{key!r}{suggest(key, given)}" for key in form.needs if key not in given]
+    has = ", ".join(repr(key) for key in given)[:200] or "nothing"
+    return f"it has {has}, which is no known form (docs/reference/formats.md); the nearest, {form.name}, needs " + (
+        " and ".join(lacking)
+    )
 
 
-def _parts(content: Any) -> Iterator[str | tuple[Any] | None]:
-    """The parts of a message: a text, an image (in a tuple), or None for an image that is named elsewhere."""
-    if isinstance(content, str):
-        first, *rest = content.split(PLACEHOLDER)
-        yield first
-        for text in rest:
-            yield None
-            yield text
-        return
-    if not isinstance(content, Sequence):
-        raise _malformed(f"the content of a turn is a {type(content).__name__}, not a text or a list of parts")
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            yield part["text"]
-        elif kind in IMAGE_TYPES:
-            image = part.get("image_url") if kind == "image_url" else part.get("image", part.get("path"))
-            if isinstance(image, Mapping):  # OpenAI's {"url": ...}; that it is no URL is checked where files are opened
-                image = image.get("url", image.get("path"))
-            yield None if image is None else (image,)
-        else:
-            raise _malformed(f"a part of a turn is {part!r:.80}; parts are texts and images")
+def _turns(said: Any, role: str) -> Sequence[Any]:
+    return [{"role": role, "content": said}] if isinstance(said, str) else said
 
 
-def _listed(images: Any) -> Sequence[Any]:
-    if images is None:
-        return ()
-    return images if isinstance(images, (list, tuple)) else (images,)
-
-
-def _malformed(message: str) -> BadRecord:
-    return BadRecord("malformed", message)
+def _asked(raw: Mapping[str, Any], question: Any, answer: Any) -> Content:
+    history = raw.get("history", ())
+    if not isinstance(history, Sequence) or any(not isinstance(p, Sequence) or len(p) != 2 for p in history):
+        raise malformed("its history is not a list of (question, answer) pairs")
+    pairs = [*history, (question, answer)]
+    turns = [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    return parse_turns(turns, images_of(raw), raw.get("system"))
