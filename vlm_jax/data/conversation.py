@@ -25,6 +25,7 @@ IMAGE_ID = -200
 UNTRAINED = -100
 PLACEMENTS = ("as_is", "first", "last", "random")
 
+
 class Muted(Trained):
     """A piece that is tokenised as a trained one and is not trained: of an answer whose `train` is false."""
 
@@ -59,8 +60,9 @@ def encode_conversation(
 ) -> dict[str, np.ndarray]:
     """Token ids and labels of a whole conversation.
 
-    conversation: LLaVA's [{"from", "value"}, ...], chat messages, or a Record. Of an answer with `loss` false nothing is
-      trained. An interleaved document is trained as it stands: BOS, all of it, EOS, with no template around it.
+    conversation: LLaVA's [{"from", "value"}, ...], chat messages, or a Record. Of an answer whose `train` is false
+      (`loss` in the data) nothing is trained. An interleaved document is trained as it stands: BOS, all of it, EOS,
+      with no template around it.
     tokenizer: a fast tokenizer of transformers. Its BOS stands first if it adds one itself.
     image_placement: where the only image of a message stands. "first" moves it before the text, with a newline between,
       and strips the text (LLaVA's preprocess_multimodal); "last" moves it behind; "random" is one of these, drawn for
@@ -251,7 +253,8 @@ def _stretches(pieces: Sequence[Part], apart: bool) -> Iterator[Image | list[str
     """The images, and between them the texts that are tokenised together."""
     together: list[str] = []
     for piece in pieces:
-        cut = isinstance(piece, Image) or (apart and together and isinstance(piece, Trained) != isinstance(together[-1], Trained))
+        turned = together and isinstance(piece, Trained) != isinstance(together[-1], Trained)
+        cut = isinstance(piece, Image) or (apart and turned)
         if cut and together:
             yield together
             together = []

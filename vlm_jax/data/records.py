@@ -79,7 +79,7 @@ class Message:
 class Record:
     """One sample of any source, before anything is read or tokenised.
 
-    images: paths relative to the source's images folder (or `AnyPath`s), or images in memory (encoded bytes, pixels, PIL
+    images: paths relative to the source's images folder, `AnyPath`s, or images in memory (encoded bytes, pixels, PIL
       images). Each stands exactly once in `messages`, in this order.
     texts, regions: what dual encoders (C texts of the same images) and single streams (given region features
       [K, F]) train on; empty for conversations. An interleaved document is one message with many parts.

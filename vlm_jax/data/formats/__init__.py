@@ -1,8 +1,8 @@
 """The forms in which records come, and the one form that we use: a `Record`.
 
 `FORMATS` is the table of them; docs/reference/formats.md has an example of each. Sources: haotian-liu/LLaVA
-docs/Finetune_Custom_Data.md; hiyouga/LLaMA-Factory data/README.md; TRL docs/source/dataset_formats.md; modelscope/ms-swift
-docs Custom-dataset; HuggingFaceM4/the_cauldron and FineVision; allenai/mmc4; HuggingFaceM4/OBELICS.
+docs/Finetune_Custom_Data.md; hiyouga/LLaMA-Factory data/README.md; huggingface/trl docs/source/dataset_formats.md;
+modelscope/ms-swift docs Custom-dataset; HuggingFaceM4/the_cauldron and FineVision; allenai/mmc4; HuggingFaceM4/OBELICS.
 """
 
 from __future__ import annotations
