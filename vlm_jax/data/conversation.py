@@ -136,6 +136,13 @@ def check_placement(placement: str) -> None:
         )
 
 
+def check_conversation(record: Record, template: str) -> None:
+    """What `encode_conversation` would find wrong before it needs a tokenizer. Raises BadRecord("malformed")."""
+    _check(record.messages, get_template(template), template)
+    for message in record.messages:
+        _check_unicode(message.text)
+
+
 def _placed(messages: Sequence[Message], placement: str, seed: int | Sequence[int] = 0) -> list[Message]:
     check_placement(placement)
     if placement == "random":
