@@ -1,6 +1,6 @@
-"""From a number to a row: reads, tokenises and decodes one sample, in threads and worker processes of Grain.
+"""From a number to a row: reads, tokenises and decodes its samples, in threads and worker processes of Grain.
 
-The element of a sample is a pure function of its global step and slot. What is wrong with a record is handled here,
+The element of a row is a pure function of its global step and slot. What is wrong with a record is handled here,
 inside the map, and travels as an element: an exception that crosses Grain's iterator ends the run.
 """
 
@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grain
@@ -22,9 +22,9 @@ from absl import flags
 from vlm_jax.data.anyres import Layout
 from vlm_jax.data.conversation import UNTRAINED, begin_with_user, encode_conversation
 from vlm_jax.data.images import ImageSettings, Picture, layout, process
-from vlm_jax.data.order import Order
+from vlm_jax.data.order import Order, Place
 from vlm_jax.data.records import BadRecord, Record
-from vlm_jax.data.rows import Row, expanded_length, fusion_row
+from vlm_jax.data.rows import Field, Row, expanded_length, fusion_row, join
 from vlm_jax.data.sources import Source
 from vlm_jax.errors import UsageError
 
@@ -35,8 +35,8 @@ SMALL_ARRAY = 1 << 16  # bytes; larger arrays come from a worker through shared 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What became of one slot. `kind` and `message` say what is wrong with it, both empty if nothing is; of the kind
-    "assistant_first" the rest is used all the same."""
+    """What became of one record in a slot. `kind` and `message` say what is wrong with it, both empty if nothing is; of
+    the kind "assistant_first" the rest is used all the same."""
 
     slot: int
     source: int
@@ -131,34 +131,62 @@ class FusionEncoder:
 
 
 @dataclasses.dataclass(frozen=True)
+class Slot:
+    """A row of a batch, and what became of its records. `used` of the samples are in the row, in their order; the row
+    has no fields if none is."""
+
+    samples: tuple[Sample, ...]
+    row: Row
+    used: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Reader:
-    """The element number n of one process: slot `slots[n % len(slots)]` of step `n // len(slots)`.
+    """The slot number n of one process: slot `slots[n % len(slots)]` of step `n // len(slots)`.
 
     encode: (record, folder of its images, seed) -> row. The seed is the order's and the record's place in the run.
+    fields: of the rows.
     """
 
     order: Order
     sources: tuple[Source, ...]
     encode: Callable[[Record, str | os.PathLike, tuple[int, ...]], Row]
+    fields: Mapping[str, Field]
     slots: np.ndarray
 
-    def __call__(self, number: int) -> dict[str, Any]:
+    def __call__(self, number: int) -> Slot:
         step, local = divmod(number, len(self.slots))
         slot = int(self.slots[local])
-        place = self.order.at(step, slot)
-        if place is None:
-            return {"sample": None, "row": {}}
-        source, index = place
-        sample = Sample(slot, source, index, f"{self.sources[source].path.stem}-{index}")
+        samples, rows = [], []
+        for place_in_row, place in enumerate(self.order.at(step, slot)):
+            sample, row = self._sample(slot, place, (self.order.seed, step, slot, place_in_row))
+            samples.append(sample)
+            rows += [row] if row else []
+        return Slot(tuple(samples), join(rows, self.fields), len(rows))
+
+    def _sample(self, slot: int, place: Place, seed: tuple[int, ...]) -> tuple[Sample, Row]:
+        source = self.sources[place.source]
+        sample = Sample(slot, place.source, place.record, f"{source.path.stem}-{place.record}")
         try:
-            record, left_out = begin_with_user(self.sources[source][index])
+            record, left_out = begin_with_user(source[place.record])
             sample = dataclasses.replace(sample, id=record.id)
-            row = self.encode(record, self.sources[source].images, (self.order.seed, step, slot))
+            row = self.encode(record, source.images, seed)
+            if place.room is not None:
+                _check_room(row, *place.room)
             if left_out:
                 sample = dataclasses.replace(sample, kind="assistant_first", message=left_out)
-            return {"sample": sample, "row": row}
+            return sample, row
         except BadRecord as error:
-            return {"sample": dataclasses.replace(sample, kind=error.kind, message=str(error)), "row": {}}
+            return dataclasses.replace(sample, kind=error.kind, message=str(error)), {}
+
+
+def _check_room(row: Row, tokens: int, tiles: int) -> None:
+    """A record that has outgrown its place would push its neighbours out of the row."""
+    needed = len(row["tokens"]), len(row["tile_image"])
+    if needed[0] > tokens or needed[1] > tiles:
+        raise BadRecord(
+            "changed", f"it has {needed[0]} tokens and {needed[1]} tiles, but {tokens} and {tiles} when it was measured"
+        )
 
 
 def read(reader: Callable[[int], Element], first: int, last: int, workers: int, ahead: int) -> Generator[Element]:

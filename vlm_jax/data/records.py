@@ -20,6 +20,7 @@ BAD_KINDS: dict[str, str] = {
     "malformed": "correct the records",
     "no_trainable_token": "give each record an answer",
     "too_long": "raise --config.buckets.lengths or --config.buckets.tiles, or shorten the records",
+    "changed": "they have grown since they were measured for packing: remove ~/.cache/vlm_jax/index and begin anew",
     "mismatch": "LLaVA drops them; set compat_drop_mismatch=False in the stage to train on them",
     "assistant_first": "their first message is the assistant's; it is left out, the rest is trained on",
 }
