@@ -74,12 +74,10 @@ def encode_conversation(
     Raises UsageError for an unknown template or placement; BadRecord("malformed") for a conversation that does not
       alternate, or that the template cannot hold.
     """
-    shape, messages = get_template(template), _messages(conversation)[0]
-    if messages[0].role == "document":
-        shape = DOCUMENT
-        check_placement(image_placement)
-    else:
-        messages = _placed(messages, image_placement, seed)
+    shape, said = get_template(template), _messages(conversation)[0]
+    document = said[0].role == "document"
+    shape = DOCUMENT if document else shape
+    messages = _placed(said, "as_is" if document else image_placement, seed)
     _check(messages, shape, template)
     encoded = _encode(list(_pieces(messages, shape, tokenizer)), shape, tokenizer)
     if compat_drop_mismatch and shape.rounds is not None:

@@ -12,7 +12,6 @@ import dataclasses
 import io
 import math
 import os
-import stat
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,13 +21,13 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vlm_jax.data import anyres
 from vlm_jax.data.anyres import Layout, Size
-from vlm_jax.data.records import BadRecord
+from vlm_jax.data.records import AnyPath, BadRecord
 from vlm_jax.data.resize import resize
+from vlm_jax.data.safety import read_file
 from vlm_jax.errors import UsageError, suggest
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # of an animation, the first picture
 MAX_PIXELS = 50_000_000
-MAX_BYTES = 200_000_000
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -204,7 +203,10 @@ class Picture:
             return
         self._source, self._name = image, "the image"
         if isinstance(image, (str, os.PathLike)):
-            self._source, self._name = _read(os.fspath(image), root), f"image {os.fspath(image)!r}"
+            path, confined = os.fspath(image), not isinstance(image, AnyPath)
+            if root is None:
+                raise BadRecord("unsafe_path", f"image {path[:200]!r} is a path, and no images folder is known")
+            self._source, self._name = read_file(path, root, confined), f"image {path!r}"
         elif not isinstance(image, (bytes, bytearray, memoryview, Image.Image)):
             raise BadRecord("malformed", f"an image is a {type(image).__name__}; give a path, bytes or a PIL image")
         self._image = _open(self._source, self._name)
@@ -230,31 +232,6 @@ class Picture:
         except Exception:  # as in `_open`; damaged notes about an image do not make it a broken one
             return 1
         return value if value in range(2, 9) else 1
-
-
-def _read(path: str, root: str | os.PathLike | None) -> bytes:
-    if root is None:
-        raise BadRecord("unsafe_path", f"image {path!r} is a path, and no images folder is known")
-    if "://" in path or path.startswith("data:"):
-        raise BadRecord("unsafe_path", f"image {path[:200]!r} is a URL; download it into the images folder")
-    if os.path.isabs(path) or ".." in path.replace("\\", "/").split("/") or "\0" in path:
-        raise BadRecord("unsafe_path", f"image {path!r} is not a plain path relative to the images folder")
-    base = os.path.realpath(root)
-    full = os.path.realpath(os.path.join(base, path))
-    if os.path.commonpath([base, full]) != base:
-        raise BadRecord("unsafe_path", f"image {path!r} is a link that leads out of the images folder {base}")
-    try:
-        status = os.stat(full)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadRecord("missing_image", f"image {path!r} in {base} is not a file")
-        if status.st_size > MAX_BYTES:
-            raise BadRecord("image_too_large", f"image {path!r} has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
-        with open(full, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise BadRecord("missing_image", f"image {path!r} is not in {base}") from None
-    except OSError as error:
-        raise BadRecord("missing_image", f"image {path!r} in {base} cannot be read: {error.strerror}") from None
 
 
 def _open(source: Any, name: str) -> Image.Image:

@@ -45,7 +45,7 @@ class Columns:
             for turn in record["messages"]:
                 if isinstance(turn, Mapping):
                     turn = {keys.get(key, key): value for key, value in turn.items()}
-                    turn["role"] = roles.get(turn.get("role"), turn.get("role"))
+                    turn["role"] = roles.get(str(turn.get("role")), turn.get("role"))
                 turns.append(turn)
             record["messages"] = turns
         return record
@@ -67,4 +67,5 @@ def columns_of(entry: Mapping[str, Any], where: str) -> Columns:
     names = {columns[key]: name for key, name in ours.items() if key in columns}
     names |= {NAMES[key]: name for key, name in ours.items() if key in NAMES and key not in columns}
     roles = tuple((tags.get(tag, default), role) for tag, (default, role) in ROLES.items())
-    return Columns(tuple(names.items()), *(tags.get(tag, default) for tag, default in TAGS.items()), roles)
+    role, content = (tags.get(tag, default) for tag, default in TAGS.items())
+    return Columns(tuple(names.items()), role, content, roles)

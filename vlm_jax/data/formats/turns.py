@@ -141,8 +141,8 @@ def _parts(content: Any, number: int) -> Iterator[str | tuple[Any] | int | None]
             yield text
         return
     if not isinstance(content, Sequence):
-        kind = type(content).__name__
-        raise malformed(f"the content of turn {number} is a {kind}, not a text or a list of parts")
+        found = type(content).__name__
+        raise malformed(f"the content of turn {number} is a {found}, not a text or a list of parts")
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
