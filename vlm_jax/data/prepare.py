@@ -20,7 +20,7 @@ from typing import Any
 
 from vlm_jax.config import REQUIRED, parse_command
 from vlm_jax.data.preparing import Outcome, prepare
-from vlm_jax.data.sources import Source, open_source
+from vlm_jax.data.sources import Source, Unconfined, open_source
 from vlm_jax.data.sources.shards import INDEX
 from vlm_jax.data.sources.webdataset import open_tars
 from vlm_jax.data.tables import TABLES, Table, open_table
@@ -30,6 +30,7 @@ from vlm_jax.errors import Interrupted, UsageError, run_command
 # What the training reads as well, and here only becomes shards.
 READ_ALREADY = ("json", "parquet", "tfds")
 KINDS = (*READ_ALREADY, *TABLES, "webdataset")
+MEGABYTE = 1_000_000
 COLUMN_FLAGS = ("image_column", "question_column", "answer_column", "caption_column")
 # Flags that belong to some kinds alone.
 OWN = {
@@ -45,6 +46,7 @@ FLAGS = {
     "from": (KINDS, REQUIRED, "json: any file or folder of records that training reads; the others are what they say"),
     "output": (str, REQUIRED, "a folder that does not exist"),
     "images": (str, None, "the folder that image paths are relative to, if not the source's own"),
+    "confined": (bool, True, "false: images may lie outside of that folder"),
     "validation": (float, 0.02, "the fraction of the records that is held out, whole groups that share images; or 0"),
     "seed": (int, 0, "of the division"),
     "question": (str, None, "what the user asks; {question} in it is the question of the data"),
@@ -91,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
                 run,
                 validation=given.validation,
                 seed=given.seed,
-                shard_bytes=given.shard_mb * 1_000_000,
+                shard_bytes=given.shard_mb * MEGABYTE,
                 max_bad_fraction=given.max_bad_fraction,
                 already_bad=bad,
                 made_from=made_from,
@@ -128,7 +130,7 @@ def _open(kind: str, given: SimpleNamespace, work: Path, run: Run) -> tuple[Sour
     try:
         if kind in READ_ALREADY:
             name = given.source if kind != "tfds" or given.source.startswith("tfds:") else f"tfds:{given.source}"
-            return open_source(name, given.images), []
+            return open_source(name, given.images, confined=given.confined), []
         if kind == "webdataset":
             return open_tars(given.source, given.question, work, run, _note), []
         path = Path(given.source).expanduser()
@@ -142,7 +144,8 @@ def _open(kind: str, given: SimpleNamespace, work: Path, run: Run) -> tuple[Sour
             Path(given.annotations).expanduser() if given.annotations else None,
             _note,
         )
-        return open_table(kind, table, work)
+        source, bad = open_table(kind, table, work)
+        return source if given.confined else Unconfined(source), bad
     except OSError as error:
         shutil.rmtree(work)
         raise UsageError(f"{error.filename} cannot be read ({error.strerror}); correct the path") from None

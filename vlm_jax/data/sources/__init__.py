@@ -13,7 +13,7 @@ from typing import Any
 from vlm_jax.data.digits import make_digits
 from vlm_jax.data.formats.columns import Columns
 from vlm_jax.data.records import AnyPath, Record
-from vlm_jax.data.sources import json_files
+from vlm_jax.data.sources import json_files, shards
 from vlm_jax.data.sources.base import Opener, Source
 from vlm_jax.data.sources.mixtures import open_listed, open_mixture
 from vlm_jax.data.sources.parquet import PATTERN, open_parquet
@@ -28,7 +28,11 @@ FILES: dict[str, Callable[[Path, Path, Columns | None], Source]] = {
     ".jsonl": json_files.open_lines,
     ".parquet": open_parquet,
 }
-FOLDERS: dict[str, Opener] = {PATTERN: open_parquet}
+FOLDERS: dict[str, Opener] = {
+    shards.INDEX: shards.open_shards,
+    shards.BELOW: shards.refuse_parent,
+    PATTERN: open_parquet,
+}
 MIXTURES = (".yaml", ".yml")
 TFDS = "tfds:"
 PAGE = "docs/reference/formats.md"

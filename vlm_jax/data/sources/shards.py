@@ -29,6 +29,7 @@ from vlm_jax.data.records import BadRecord, Image, Message, Record
 from vlm_jax.errors import UsageError
 
 INDEX = "shards.json"
+BELOW = f"*/{INDEX}"  # what the folder of the sides has
 FORMAT = "vlm_jax shards"
 VERSION = 1
 # One record per chunk: reading one decompresses nothing else. Images hardly shrink; zstd's fastest level is for texts.
@@ -186,7 +187,7 @@ def open_shards(folder: Path, images: Path) -> ShardSource:
 
 def refuse_parent(folder: Path, images: Path) -> ShardSource:
     """What opening the folder that holds the sides says."""
-    sides = ", ".join(sorted(os.fspath(index.parent) for index in folder.glob(f"*/{INDEX}")))
+    sides = ", ".join(sorted(os.fspath(index.parent) for index in folder.glob(BELOW)))
     raise UsageError(f"{folder} holds several sets of records; name one of them: {sides}")
 
 
