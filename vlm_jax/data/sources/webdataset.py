@@ -24,7 +24,6 @@ import numpy as np
 from vlm_jax.data.formats import parse_record
 from vlm_jax.data.records import BadRecord, Record
 from vlm_jax.data.safety import MAX_BYTES
-from vlm_jax.data.safety import MAX_BYTES
 from vlm_jax.data.tables import IMAGE_SUFFIXES, answered, columns_of
 from vlm_jax.data.tasks import Run, finish, write_whole
 from vlm_jax.errors import UsageError
