@@ -63,7 +63,7 @@ class Message:
     """What one side says: texts and images in their order.
 
     role: "user", "assistant", "system"; or "document", the only message of an interleaved document.
-    train: whether an answer is trained; what others say never is.
+    train: whether an answer is trained; True for what others say, which never is.
     """
 
     role: str

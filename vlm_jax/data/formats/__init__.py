@@ -8,6 +8,7 @@ modelscope/ms-swift docs Custom-dataset; HuggingFaceM4/the_cauldron and FineVisi
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ def _prompt(raw: Mapping[str, Any]) -> Content:
     prompt, completion = _turns(raw["prompt"], "user"), _turns(raw["completion"], "assistant")
     messages, images = parse_turns([*prompt, *completion], images_of(raw), raw.get("system"))
     asked = len(messages) - len(completion)
-    return tuple(dataclasses.replace(m, train=m.train and n >= asked) for n, m in enumerate(messages)), images
+    before = [dataclasses.replace(one, train=one.role != "assistant") for one in messages[:asked]]
+    return (*before, *messages[asked:]), images
 
 
 def _query(raw: Mapping[str, Any]) -> Content:
@@ -133,7 +135,7 @@ def _nearest(given: Mapping[str, Any]) -> str:
     """What a record of no known form has, which form comes nearest, and what it lacks."""
 
     def fit(form: Format) -> tuple[float, int]:
-        near = sum(bool(suggest(key, given)) for key in form.needs)
+        near = sum(bool(difflib.get_close_matches(key, given, 1, cutoff=0.8)) for key in form.needs)
         return near / len(form.needs), sum(key in given for key in form.takes)
 
     form = max(FORMATS, key=fit)

@@ -127,7 +127,7 @@ def _turn(turn: Any, number: int) -> tuple[str, Any, bool]:
         raise malformed(f"turn {number} has {mark} {turn[mark]!r:.80}; give true or false")
     if turn[mark] and ROLE_OF[said_by] != "assistant":
         raise malformed(f"turn {number} has {mark} true, but is the {ROLE_OF[said_by]}'s; only answers are trained")
-    return ROLE_OF[said_by], content, bool(turn[mark])
+    return ROLE_OF[said_by], content, bool(turn[mark]) or ROLE_OF[said_by] != "assistant"
 
 
 def _parts(content: Any, number: int) -> Iterator[str | tuple[Any] | int | None]:
