@@ -139,7 +139,7 @@ def test_an_image_may_be_named_by_number_or_stand_in_the_record() -> None:
 def test_answers_without_loss_are_read_as_they_are_and_not_trained(tokenizer: Any) -> None:
     turns = [dict(turn) for turn in TURNS * 3]
     turns[3]["loss"] = False
-    for template in ("vicuna_v1", "v0", "qwen_1_5"):
+    for template in ("vicuna_v1", "v0", "llava_llama_2"):
         whole = encode_conversation(TURNS * 3, template, tokenizer=tokenizer)
         some = encode_conversation(turns, template, tokenizer=tokenizer)
         assert (whole["input_ids"] == some["input_ids"]).all()
