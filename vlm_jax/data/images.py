@@ -28,6 +28,7 @@ from vlm_jax.errors import UsageError, suggest
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # of an animation, the first picture
 MAX_PIXELS = 50_000_000
+MAX_SCANS = 50  # of a progressive JPEG: about ten are usual, and each goes over all pixels, however few bytes it has
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -246,6 +247,8 @@ def _open(source: Any, name: str) -> Image.Image:
         raise BadRecord("broken_image", f"{name} cannot be opened: {error}") from None
     if width * height > MAX_PIXELS:
         raise BadRecord("image_too_large", f"{name} has {width} x {height} pixels; {MAX_PIXELS:,} are allowed")
+    if image.info.get("progressive") and image is not source and bytes(source).count(b"\xff\xda") > MAX_SCANS:
+        raise BadRecord("broken_image", f"{name} has more than {MAX_SCANS} scans; save it anew")
     return image
 
 

@@ -13,9 +13,9 @@ from vlm_jax.data.records import BadRecord
 from vlm_jax.errors import UsageError
 
 MAX_BYTES = 200_000_000  # of one image
-MAX_YAML = 1 << 20
+MAX_YAML = 1 << 18
 MAX_DEPTH = 32
-ALLOW = "; confined=False on the source allows it"
+ALLOW = "; --config.data.confined=False allows it"
 
 
 def locate(path: str, root: str | os.PathLike, what: str = "image", confined: bool = True) -> str:

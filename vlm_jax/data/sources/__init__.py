@@ -72,6 +72,11 @@ class SourceSpec:
     confined: bool = True
 
 
+def cache_folder() -> Path:
+    """Where things are that can be made again: `$VLM_JAX_CACHE`, default `~/.cache/vlm_jax`."""
+    return Path(os.environ.get("VLM_JAX_CACHE", "~/.cache/vlm_jax")).expanduser()
+
+
 def resolve(path: str | os.PathLike) -> tuple[Path, Path]:
     """A path as the user gives it -> the path on disk, and the default images folder. Makes the data sets of `MADE`,
     in `$VLM_JAX_CACHE` (default `~/.cache/vlm_jax`). Raises UsageError for a part that the set does not have."""
@@ -82,8 +87,7 @@ def resolve(path: str | os.PathLike) -> tuple[Path, Path]:
     maker, parts, images = MADE[name]
     if part not in parts:
         raise UsageError(f"{path}: {name} has no part {part!r}{suggest(part, parts)}; it has {', '.join(parts)}")
-    cache = Path(os.environ.get("VLM_JAX_CACHE", "~/.cache/vlm_jax")).expanduser()
-    folder = cache / name
+    folder = cache_folder() / name
     maker(folder)
     return folder / parts[part], folder / images
 
@@ -121,13 +125,9 @@ def open_source(path: str | os.PathLike, images: str | os.PathLike | None = None
 def is_there(path: str) -> bool:
     """Whether something is where a path leads; what is made here, or is not on a disk, is."""
     listed = LISTED.fullmatch(path)
-    kind = path.partition(":")[0]
-    return (
-        kind in MADE
-        or path.startswith(TFDS)
-        or "://" in path
-        or os.path.exists(os.path.expanduser(listed[1] if listed else path))
-    )
+    if path.partition(":")[0] in (*MADE, "tfds") or "://" in path:
+        return True
+    return os.path.exists(os.path.expanduser(listed[1] if listed else path))
 
 
 @dataclasses.dataclass(frozen=True)
