@@ -3,13 +3,12 @@ that look at data make both here, so that they see the same."""
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
 from vlm_jax.data.images import ImageSettings
 from vlm_jax.data.loader import Loader
-from vlm_jax.data.sources import resolve
+from vlm_jax.data.sources import cache_folder, resolve
 from vlm_jax.errors import UsageError
 from vlm_jax.interop.tokenizers import open_tokenizer
 from vlm_jax.recipe import Stage
@@ -36,8 +35,7 @@ def stage_loader(
     """The training data of stage `number` of a config, on the mesh in use; with `changes` to the arguments of `Loader`,
     other data read the same way."""
     shards = batch_shards()
-    samples = changes.pop("samples", stage.samples)
-    per_device = config.batch.per_device or math.ceil(samples / shards)
+    per_device = config.batch.per_device
     settings: dict[str, Any] = {
         "sources": stage.train,
         "tokenizer": tokenizer,
@@ -45,11 +43,13 @@ def stage_loader(
         "image_placement": stage.image_placement,
         "compat_drop_mismatch": stage.compat_drop_mismatch,
         "images": images,
-        "samples": samples,
-        "rows": per_device * shards,
-        "micro_batches": math.ceil(samples / (per_device * shards)),
+        "samples": stage.samples,
+        "rows": per_device * shards if per_device else None,
+        "shards": shards,
         "lengths": config.buckets.lengths,
         "tiles": config.buckets.tiles,
+        "packing": stage.packing,
+        "index_cache": cache_folder() / "index",
         "seed": config.seed + number,
         "epochs": stage.epochs,
         "steps": stage.steps,

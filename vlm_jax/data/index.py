@@ -54,6 +54,12 @@ class Index:
         """bool [N]"""
         return self.tokens > 0
 
+    def bad(self, longest: int, most_tiles: int) -> dict[str, int]:
+        """How many records there are of each kind of `BAD_KINDS`, if rows have so many tokens and tiles."""
+        counts = np.bincount(self.kinds, minlength=len(KINDS)).tolist()
+        long = int(((self.tokens > longest) | (self.tiles > most_tiles)).sum())
+        return dict(zip(KINDS[1:], counts[1:], strict=True)) | {"too_long": long}
+
     @property
     def digest(self) -> str:
         """Of the sizes: two indexes with the same digest are packed alike."""
@@ -62,7 +68,7 @@ class Index:
     def save(self, file: Path, digest: str = "") -> None:
         """Writes the file wholly or not at all. digest: of what it was made from."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        temporary = file.with_name(f"{file.name}.{os.urandom(4).hex()}.tmp")
         with open(temporary, "wb") as out:
             arrays: dict[str, Any] = {"made_from": np.array(digest), "names": np.array(KINDS), **_arrays(self)}
             np.savez(out, **arrays)

@@ -134,7 +134,7 @@ class Loader:
         self.process_index = jax.process_index() if process_index is None else process_index
         self.process_count = jax.process_count() if process_count is None else process_count
         self._agree = agree or gather_processes
-        self.sources = tuple(open_source(spec.path, spec.images) for spec in specs)
+        self.sources = tuple(open_source(spec.path, spec.images, confined=spec.confined) for spec in specs)
         longest, most_tiles = self.lengths[-1], self.tiles[-1]
         self.encode = FusionEncoder(
             tokenizer, template, images, longest, most_tiles, image_placement, compat_drop_mismatch
@@ -153,8 +153,10 @@ class Loader:
                 process_count=self.process_count,
                 agree=self._agree,
             )
-            packed: dict[str, Any] = {"index": self.index, "budget": budget, "packing": packing}
+            sized = self.index.tokens, self.index.tiles
+            packed: dict[str, Any] = {"tokens": sized[0], "tiles": sized[1], "budget": budget, "packing": packing}
             self.order = PackedOrder(counts, weights, samples, seed, shuffle, **packed)
+            self._check_index(self.index, max_bad_fraction)
         self.micro_batches, self.rows = _grid(self.order.slots, micro_batches, rows, shards)
         if self.rows % self.process_count:
             raise UsageError(
@@ -170,6 +172,23 @@ class Loader:
         self._workers = workers
         self._max_bad_fraction = max_bad_fraction
         self._bad_records, self._stage = bad_records, stage
+
+    def _check_index(self, index: Index, max_bad_fraction: float) -> None:
+        """What the first pass over a packed set would find is told before the first step."""
+        count = sum(self.order.counts)
+        if len(index) != count:
+            raise UsageError(f"the sources have {count:,} records, but {len(index):,} were measured; start a new run")
+        bad = index.bad(self.lengths[-1], self.tiles[-1])
+        BadRecordList(None, 0).check(bad, count, count, max_bad_fraction)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to tell before the first step: how full the rows are, and what is left empty."""
+        if not isinstance(self.order, PackedOrder):
+            return ()
+        spare = self.micro_batches * self.rows - self.order.slots
+        empty = f"{spare} more rows of each step are empty; a larger batch.samples would fill them"
+        return (self.order.describe(), *([empty] if spare else []))
 
     def __iter__(self) -> Generator[HostBatch]:
         listed = BadRecordList(self._bad_records, self.start_step, self.process_index, self.process_count, self._stage)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vlm_jax.data.index import Index
 from vlm_jax.data.order import Order
 from vlm_jax.errors import UsageError, suggest
 
@@ -126,18 +125,19 @@ class PackedOrder(Order):
 
     A record that cannot be used, or is too large for a row, takes no room: it stands in a row to be counted there.
 
-    index: of the records of all sources. budget: tokens and tiles of a row.
+    tokens, tiles: int [N], of the records of all sources (`data/index.py`). budget: tokens and tiles of a row.
     """
 
-    index: Index
+    tokens: np.ndarray
+    tiles: np.ndarray
     budget: tuple[int, int]
     packing: Packing
     _starts: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fits = (self.index.tokens <= self.budget[0]) & (self.index.tiles <= self.budget[1])
-        self._tokens, self._tiles = np.where(fits, self.index.tokens, 0), np.where(fits, self.index.tiles, 0)
+        fits = (self.tokens <= self.budget[0]) & (self.tiles <= self.budget[1])
+        self.tokens, self.tiles = np.where(fits, self.tokens, 0), np.where(fits, self.tiles, 0)
 
     @functools.cached_property
     def slots(self) -> int:
@@ -153,7 +153,7 @@ class PackedOrder(Order):
         return _packed(self, epoch, window)[number - int(starts[window])].tolist()
 
     def room(self, record: int) -> tuple[int, int]:
-        return int(self._tokens[record]), int(self._tiles[record])
+        return int(self.tokens[record]), int(self.tiles[record])
 
     def seen_in(self, epoch: int, rows: int) -> int:
         starts = self._rows_before(epoch)
@@ -181,19 +181,24 @@ class PackedOrder(Order):
         """The rows of a window, each the numbers of its records."""
         records = self.records(epoch)[self._cuts[window] : self._cuts[window + 1]]
         rows = pack(
-            self._tokens[records],
-            self._tiles[records],
+            self.tokens[records],
+            self.tiles[records],
             budget_tokens=self.budget[0],
             budget_tiles=self.budget[1],
             fit=str(self.packing.fit),
         )
         return [records[row] for row in rows]
 
-    def filled(self, epoch: int = 0) -> tuple[float, float]:
-        """The shares of an epoch's tokens and tiles that are no padding, before it is cut into steps."""
-        records, rows = self.records(epoch), self.rows(epoch)
-        used = self._tokens[records].sum(), self._tiles[records].sum()
-        return float(used[0] / (rows * self.budget[0])), float(used[1] / (rows * self.budget[1]))
+    def describe(self) -> str:
+        """How full the rows of the first epoch are."""
+        records, rows = self.records(0), self.rows(0)
+        shares = [
+            a[records].sum() / (rows * room) for a, room in zip((self.tokens, self.tiles), self.budget, strict=True)
+        ]
+        return (
+            f"packed by {self.packing.fit}: {rows:,} rows of {self.budget[0]:,} tokens ({shares[0]:.1%} real) and "
+            f"{self.budget[1]:,} tiles ({shares[1]:.1%} real); {self.slots:,} rows a step, for {self.samples:,} samples"
+        )
 
 
 @functools.lru_cache(maxsize=8)
