@@ -81,10 +81,10 @@ class _Window:
 
     def __init__(self, file: BinaryIO):
         self._file = file
-        self.text, self.first, self.at, self.ended = "", 0, 0, False
+        marked = file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK
+        self.text, self.first, self.at, self.ended = "", len(BYTE_ORDER_MARK) * marked, 0, False
+        file.seek(self.first)
         self.more()
-        if self.text.startswith(BYTE_ORDER_MARK.decode("latin-1")):
-            self.at = len(BYTE_ORDER_MARK)
 
     def more(self) -> None:
         """Forgets what lies before `at`, and reads on, by as much as is held."""
@@ -121,6 +121,8 @@ def _list_places(file: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
             raise UsageError(f"data file {path} is not valid JSON: no ',' or ']' after the record at byte {start}")
         window.at += 1
         if mark == "]":
+            if window.next():
+                raise UsageError(f"data file {path} is not valid JSON: more follows after its list of records")
             return
 
 
