@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
-from sklearn.neighbors import KDTree
 
 SIDE = 8  # marks are the brightness of 8 x 8 fields of an image
 NEAR = 3  # levels of 255 in which the marks of one picture may differ
@@ -41,6 +40,8 @@ def same_picture(one: np.ndarray, other: np.ndarray) -> bool:
 
 def alike(sizes: Sequence[tuple[int, int]], marked: Sequence[bytes]) -> Iterator[tuple[int, int]]:
     """Pairs (i, j), i < j, of images that may be the same picture: equal sizes, and nearly equal marks."""
+    from sklearn.neighbors import KDTree  # not at the top: of all the processes that read, one needs it
+
     by_size = defaultdict(list)
     for number, size in enumerate(sizes):
         by_size[size].append(number)

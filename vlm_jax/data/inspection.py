@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from vlm_jax.data.conversation import begin_with_user, check_conversation
 from vlm_jax.data.duplicates import group_images, marks, same_picture
-from vlm_jax.data.images import Picture
+from vlm_jax.data.images import ImageSettings, Picture, process
 from vlm_jax.data.reading import FusionEncoder, read
-from vlm_jax.data.records import BAD_KINDS, TOLERATED, BadRecord, Record
+from vlm_jax.data.records import BAD_KINDS, TOLERATED, AnyPath, BadRecord, Record
 from vlm_jax.data.sources import Source
 
 Item = TypeVar("Item")
@@ -45,18 +45,21 @@ TURNS = {
     7: "mirrored and turned by 90 degrees",
     8: "turned by 90 degrees counter-clockwise",
 }
+# How many of each are as much work as starting a process.
+WORTH = {"records": 20_000, "images": 1_000, "pairs": 300}
 CHUNK = 16  # records or images that a worker looks at between two reports
 TEMPLATE = "vicuna_v1"  # whose demands on a conversation hold where no config names another
 
 
 class ImageName(NamedTuple):
     """An image of a set. source: number of the source in whose folder `path` is; or `path` is empty, and it is image
-    number `position` inside record number `record` of that source."""
+    number `position` inside record number `record` of that source. confined: whether it must lie in the folder."""
 
     source: int
     path: str
     record: int = -1
     position: int = -1
+    confined: bool = True
 
 
 class RecordFacts(NamedTuple):
@@ -173,7 +176,8 @@ class RecordLooker:
             return ImageName(source, "", index, position)
         path = os.fspath(image)
         plain = ".." not in path and "://" not in path
-        return ImageName(self.folders[source], os.path.normpath(path) if plain else path)
+        confined = not isinstance(image, AnyPath)
+        return ImageName(self.folders[source], os.path.normpath(path) if plain else path, confined=confined)
 
 
 def _check(record: Record, template: str) -> None:
@@ -193,7 +197,7 @@ class ImageLooker:
     def open(self, name: ImageName) -> Picture:
         source = self.sources[name.source]
         if name.path:
-            return Picture(name.path, source.images)
+            return Picture(name.path if name.confined else AnyPath(name.path), source.images)
         return Picture(source[name.record].images[name.position], source.images)
 
     def __call__(self, name: ImageName) -> ImageFacts:
@@ -218,6 +222,17 @@ class PairLooker:
 
 
 @dataclasses.dataclass(frozen=True)
+class TileMaker:
+    """ImageName -> number of its tiles, which are made as for training."""
+
+    images: ImageLooker
+    settings: ImageSettings
+
+    def __call__(self, name: ImageName) -> int:
+        return len(process(self.images.open(name).pixels(), self.settings))
+
+
+@dataclasses.dataclass(frozen=True)
 class Measurer:
     """(source, record) -> (kind, message) of what an encoder finds wrong with it."""
 
@@ -234,11 +249,11 @@ class Measurer:
 
 
 def in_parallel(look: Callable[[Item], Any], items: Sequence[Item], workers: int, unit: str) -> Iterator[Any]:
-    """`look` of each item, in order."""
+    """`look` of each item, in order. Starts no more processes than the number of items, of this unit, is worth."""
     chunks = tuple(tuple(items[at : at + CHUNK]) for at in range(0, len(items), CHUNK))
     if not chunks:
         return
-    processes = min(workers, len(chunks) // 4)  # a handful is not worth starting any
+    processes = min(workers, len(items) // WORTH[unit])
     shown = {"unit": f" {unit}", "disable": None, "delay": 1.0}
     with tqdm(total=len(items), **shown) as progress:
         for found in read(Chunks(look, chunks), 0, len(chunks), processes, ahead=4 * max(processes, 1)):
