@@ -97,7 +97,8 @@ class VLM:
     @functools.cached_property
     def _to_decode(self) -> Params:
         with jax.set_mesh(self.mesh):
-            return for_decode(self.params)
+            params = for_decode(self.params)
+        return params
 
     def generate(
         self,
