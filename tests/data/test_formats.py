@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import pickle
 import re
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from PIL import Image as PIL
 
 from vlm_jax.data import UNTRAINED, BadRecord, Image, Message, Record, encode_conversation, open_source, parse_record
+from vlm_jax.data.formats import FORMATS
 from vlm_jax.data.images import Picture
 
 IMAGE = "photos/bus.jpg"
@@ -69,21 +73,14 @@ def page(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_each_form_gives_the_same_record(page: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFDS_DATA_DIR", str(page / "prepared"))
+    before = "tensorflow" in sys.modules
     source = open_source(name if name.startswith("tfds:") else page / name, page)
     assert len(source) == 1
     record = pickle.loads(pickle.dumps(source))[0]
+    assert before == ("tensorflow" in sys.modules)
     assert record == Record("7", EXAMPLES[name], record.images)
     (image,) = record.images
     assert Picture(image, source.images).encoded == (page / IMAGE).read_bytes()
-
-
-def test_tensorflow_is_not_needed_for_tfds(page: Path, run_python: Callable[..., Any]) -> None:
-    code = (
-        "import sys\nfrom vlm_jax.data import open_source\nprint(open_source('tfds:bus_photos')[0].id, "
-        "[name for name in ('tensorflow', 'torch') if name in sys.modules])"
-    )
-    done = run_python("-c", code, TFDS_DATA_DIR=str(page / "prepared"))
-    assert done.stdout.strip() == "7 []", done.stderr
 
 
 TURNS = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A cat."}]
@@ -125,6 +122,29 @@ def test_what_is_malformed_says_how(raw: Any, says: str) -> None:
     with pytest.raises(BadRecord, match=says) as error:
         parse_record(raw)
     assert error.value.kind == "malformed" and "\n" not in str(error.value)
+
+
+WORDS = ["conversations", "messages", "prompt", "completion", "query", "response", "history", "instruction", "input"]
+WORDS += ["output", "image", "images", "texts", "text_list", "image_info", "matched_text_index", "image_name", "bytes"]
+WORDS += ["from", "value", "role", "content", "type", "text", "index", "loss", "user", "assistant", "system", "<image>"]
+LEAVES = st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | st.text(max_size=3) | st.sampled_from(WORDS)
+SMALL = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
+    max_leaves=12,
+)
+KEYS = st.sampled_from([form.needs for form in FORMATS])
+VALUES = st.lists(st.dictionaries(st.sampled_from(WORDS), SMALL, max_size=4), max_size=2) | SMALL
+
+
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
+@hypothesis.given(KEYS, VALUES, VALUES, SMALL)
+def test_whatever_stands_in_a_record_is_a_record_or_bad(keys: tuple[str, ...], one: Any, two: Any, image: Any) -> None:
+    with contextlib.suppress(BadRecord):
+        record = parse_record({**dict(zip(keys, (one, two), strict=False)), "image": image})
+        assert all(isinstance(message, Message) for message in record.messages)
+        parts = [part for message in record.messages for part in message.content]
+        assert [part.index for part in parts if isinstance(part, Image)] == list(range(len(record.images)))
 
 
 def test_an_image_may_be_named_by_number_or_stand_in_the_record() -> None:

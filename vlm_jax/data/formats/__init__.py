@@ -14,7 +14,7 @@ from typing import Any
 
 from vlm_jax.data.formats.columns import Columns
 from vlm_jax.data.formats.documents import parse_mmc4, parse_obelics
-from vlm_jax.data.formats.turns import PLACEHOLDER, images_of, malformed, parse_turns
+from vlm_jax.data.formats.turns import PLACEHOLDER, images_of, is_list, malformed, parse_turns
 from vlm_jax.data.records import Message, Record
 from vlm_jax.errors import suggest
 
@@ -44,13 +44,15 @@ def _query(raw: Mapping[str, Any]) -> Content:
 
 
 def _instruction(raw: Mapping[str, Any]) -> Content:
-    given = raw.get("input") or ""
-    return _asked(raw, f"{raw['instruction']}\n{given}" if given else raw["instruction"], raw["output"])
+    question, given = raw["instruction"], raw.get("input") or ""
+    if not isinstance(question, str) or not isinstance(given, str):
+        raise malformed("its instruction or its input is not a text")
+    return _asked(raw, f"{question}\n{given}" if given else question, raw["output"])
 
 
 def _texts(raw: Mapping[str, Any]) -> Content:
     texts = raw["texts"]
-    if not isinstance(texts, Sequence) or isinstance(texts, str) or not texts:
+    if not texts or not is_list(texts):
         raise malformed("its texts are not a list, or an empty one")
     if not isinstance(texts[0], Mapping):
         return parse_obelics(texts, raw["images"])
@@ -125,7 +127,10 @@ def parse_record(raw: Any, name: str = "record", columns: Columns | None = None)
             raise malformed(f"it has {key!r}: {why}")
     if form is None:
         raise malformed(_nearest(given))
-    messages, images = form.read(given)
+    try:
+        messages, images = form.read(given)
+    except RecursionError:
+        raise malformed("it is nested too deeply") from None
     used = ("id", *form.needs, *form.takes)
     extra = {key: value for key, value in raw.items() if key not in used}
     return Record(str(given.get("id", name)), messages, images, extra=extra)
@@ -147,12 +152,14 @@ def _nearest(given: Mapping[str, Any]) -> str:
 
 
 def _turns(said: Any, role: str) -> Sequence[Any]:
+    if not isinstance(said, str) and not is_list(said):
+        raise malformed(f"what the {role} says is a {type(said).__name__}, not a text or a list of turns")
     return [{"role": role, "content": said}] if isinstance(said, str) else said
 
 
 def _asked(raw: Mapping[str, Any], question: Any, answer: Any) -> Content:
     history = raw.get("history", ())
-    if not isinstance(history, Sequence) or any(not isinstance(p, Sequence) or len(p) != 2 for p in history):
+    if not is_list(history) or any(not is_list(pair) or len(pair) != 2 for pair in history):
         raise malformed("its history is not a list of (question, answer) pairs")
     pairs = [*history, (question, answer)]
     turns = [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vlm_jax.data.formats.turns import PLACEHOLDER, image_of, malformed
+from vlm_jax.data.formats.turns import PLACEHOLDER, image_of, is_list, malformed
 from vlm_jax.data.records import Image, Message, Part
 
 IMAGE_NAMES = ("image_base64", "image_name", "raw_url")
@@ -13,8 +13,8 @@ IMAGE_NAMES = ("image_base64", "image_name", "raw_url")
 
 def parse_obelics(texts: Any, images: Any) -> tuple[tuple[Message, ...], tuple[Any, ...]]:
     """OBELICS: two lists of one length; at each place stands a text or an image, and None in the other list."""
-    if not isinstance(images, Sequence) or isinstance(images, str) or len(images) != len(texts):
-        found = len(images) if isinstance(images, Sequence) else 0
+    if not is_list(images) or len(images) != len(texts):
+        found = len(images) if is_list(images) else 0
         raise malformed(f"it has {len(texts)} texts and {found} images; a document has both lists of one length")
     items: list[Any] = []
     for number, (text, image) in enumerate(zip(texts, images, strict=True), 1):
@@ -28,8 +28,8 @@ def parse_obelics(texts: Any, images: Any) -> tuple[tuple[Message, ...], tuple[A
 
 def parse_mmc4(sentences: Any, found: Any) -> tuple[tuple[Message, ...], tuple[Any, ...]]:
     """MMC4: sentences, and images that each stand before the sentence that they match (as OpenFlamingo trains)."""
-    if not isinstance(sentences, Sequence) or isinstance(sentences, str):
-        raise malformed("its text_list is not a list of sentences")
+    if not is_list(sentences) or not is_list(found):
+        raise malformed("its text_list and image_info are not lists")
     before: dict[int, list[Any]] = {}
     for number, info in enumerate(found, 1):
         if not isinstance(info, Mapping):

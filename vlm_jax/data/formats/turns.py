@@ -31,7 +31,7 @@ def parse_turns(
     system: a system message that stands beside the turns.
     Raises BadRecord("malformed"): not a list of turns, an unknown role, or placeholders and images that do not match.
     """
-    if isinstance(turns, (str, Mapping)) or not isinstance(turns, Sequence) or not turns:
+    if not turns or not is_list(turns):
         raise malformed("its conversation is not a list of turns, or has none")
     images: list[Any] = []
     places: list[int] = []  # the numbers of the given images, as placeholders name them
@@ -84,6 +84,11 @@ def image_of(value: Any) -> Any:
     raise malformed(f"an image is a {type(value).__name__}; give a path or the bytes of a file")
 
 
+def is_list(value: Any) -> bool:
+    """Whether it is a list of things, not a text or an object."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+
+
 def malformed(message: str) -> BadRecord:
     return BadRecord("malformed", message)
 
@@ -115,7 +120,7 @@ def _turn(turn: Any, number: int) -> tuple[str, Any, bool]:
         raise malformed(f"turn {number} lacks its speaker: it has {_names(turn)}, but neither 'from' nor 'role'")
     if content is None:
         raise malformed(f"turn {number} lacks what is said: it has {_names(turn)}, but neither 'value' nor 'content'")
-    if said_by not in ROLE_OF:
+    if not isinstance(said_by, str) or said_by not in ROLE_OF:
         known = ", ".join(ROLE_OF)
         raise malformed(f"turn {number} is by {said_by!r:.80}, not by {known}{suggest(str(said_by), ROLE_OF)}")
     if tool := next((key for key in TOOL_KEYS if turn.get(key)), None):
@@ -140,7 +145,7 @@ def _parts(content: Any, number: int) -> Iterator[str | tuple[Any] | int | None]
             yield None
             yield text
         return
-    if not isinstance(content, Sequence):
+    if not is_list(content):
         found = type(content).__name__
         raise malformed(f"the content of turn {number} is a {found}, not a text or a list of parts")
     for part in content:
@@ -149,7 +154,8 @@ def _parts(content: Any, number: int) -> Iterator[str | tuple[Any] | int | None]
             yield from _parts(part["text"], number)
         elif kind in IMAGE_TYPES:
             named = any(part.get(key) is not None for key in IMAGE_KEYS)
-            yield (part,) if named else part.get("index")
+            index = part.get("index")
+            yield (part,) if named else index if isinstance(index, int) else None
         else:
             raise malformed(f"a part of turn {number} is {part!r:.80}; parts are texts and images")
 

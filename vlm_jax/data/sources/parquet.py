@@ -93,7 +93,7 @@ def _group(file: Path, group: int, changed: int) -> pa.Table:
     size = 0
     try:
         with pq.ParquetFile(file) as opened:
-            for batch in opened.iter_batches(STEP, row_groups=[group]):
+            for batch in opened.iter_batches(STEP, row_groups=[group], use_threads=False):
                 size += batch.nbytes
                 if size > MAX_GROUP:
                     raise UsageError(
