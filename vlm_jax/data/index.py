@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from vlm_jax.data.templates import Trained, get_template
 FORMAT = 1  # of what is measured and how it is stored; a higher number makes every index anew
 KINDS = ("", *BAD_KINDS)
 CHUNK = 128  # records that a worker measures at a time
+FEW = 4  # chunks that are measured without workers
 
 Agree = Callable[[np.ndarray], Any]
 
@@ -138,10 +140,12 @@ def build_index(
 
 
 def made_from(sources: Sequence[Source], encoder: FusionEncoder) -> str:
-    """The digest of all that decides the sizes: the files of the sources (paths, sizes and times of change; the images
-    by their folder alone), the tokenizer, the template and the image settings."""
+    """The digest of all that decides the sizes: the sources (what they know of the places of their records, and the
+    sizes and times of change of their files; the images by their folder alone), the tokenizer, the template and the
+    image settings."""
     files = [
-        [str(source.path), str(source.images), len(source), *_stamps(Path(str(source.path)))] for source in sources
+        [str(source.images), hashlib.sha256(pickle.dumps(source)).hexdigest(), *_stamps(Path(str(source.path)))]
+        for source in sources
     ]
     tokenizer = encoder.tokenizer
     reads = [
@@ -179,7 +183,8 @@ def _measure(
     """The numbers a few at a time, and [n, 4] of each few: tokens, tiles, trained tokens, kind."""
     chunks = [numbers[at : at + CHUNK] for at in range(0, len(numbers), CHUNK)]
     measurer = Measurer(sources, encoder, tuple(chunks))
-    found = read(measurer, 0, len(chunks), min(workers, len(chunks)), ahead=2 * workers) if chunks else iter(())
+    workers = workers if len(chunks) > FEW else 0  # it takes seconds to start one
+    found = read(measurer, 0, len(chunks), workers, ahead=2 * workers) if chunks else iter(())
     shown = {"desc": "measuring the records", "unit": " records", "delay": 2.0, "mininterval": 1.0}
     with tqdm(total=len(numbers), **shown) as progress:
         for chunk, measured in zip(chunks, found, strict=True):
