@@ -36,6 +36,7 @@ FOLDERS: dict[str, Opener] = {
 MIXTURES = (".yaml", ".yml")
 TFDS = "tfds:"
 PAGE = "docs/reference/formats.md"
+PREPARE = "python -m vlm_jax.data.prepare makes records of CSV, COCO, VQA and WebDataset files and of folders of images"
 LISTED = re.compile(r"(.*dataset_info\.json):(.+)")  # LLaMA-Factory's list of data sets, and one of them
 
 # Paths "digits:train", "digits:eval", ... name parts of a data set that is made where it is first needed:
@@ -157,9 +158,11 @@ def _open(path: Path, images: Path, columns: Columns | None) -> Source:
     if not path.is_dir():
         opener = FILES.get(path.suffix)
         if opener is None:
-            raise UsageError(f"data file {path} is of no known kind ({', '.join((*FILES, *MIXTURES))}; {PAGE})")
+            known = ", ".join((*FILES, *MIXTURES))
+            raise UsageError(f"data file {path} is of no known kind ({known}; {PAGE}); {PREPARE}")
         return opener(path, images, columns)
     for pattern, folder_opener in FOLDERS.items():
         if any(path.glob(pattern)):
             return folder_opener(path, images)
-    raise UsageError(f"data folder {path} is of no known kind: it has no {' and no '.join(FOLDERS)} ({PAGE})")
+    known = " and no ".join(FOLDERS)
+    raise UsageError(f"data folder {path} is of no known kind: it has no {known} ({PAGE}); {PREPARE}")

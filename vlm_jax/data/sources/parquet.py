@@ -17,6 +17,7 @@ import numpy as np
 
 from vlm_jax.data.formats import parse_record
 from vlm_jax.data.formats.columns import Columns
+from vlm_jax.data.formats.turns import malformed
 from vlm_jax.data.records import Record
 from vlm_jax.data.sources.base import Source
 from vlm_jax.errors import UsageError
@@ -82,7 +83,8 @@ def open_parquet(path: Path, images: Path, columns: Columns | None = None) -> So
 
 @functools.lru_cache(maxsize=KEPT)
 def _group(file: Path, group: int, changed: int) -> pa.Table:
-    """A row group; a few bytes may claim to unfold into any number, so they are counted as they do.
+    """A row group; a few bytes may claim to unfold into any number, so they are counted as they do. Its records are bad
+    ("malformed") where it cannot be read.
 
     changed: when the file was, so that another state of it is not taken for this one.
     """
@@ -96,14 +98,14 @@ def _group(file: Path, group: int, changed: int) -> pa.Table:
             for batch in opened.iter_batches(STEP, row_groups=[group], use_threads=False):
                 size += batch.nbytes
                 if size > MAX_GROUP:
-                    raise UsageError(
+                    raise malformed(
                         f"row group {group} of {file} unfolds into more than {MAX_GROUP:,} bytes; write it anew with "
                         "smaller ones (pyarrow.parquet.write_table(..., row_group_size=100))"
                     )
                 batches.append(batch)
             return pa.Table.from_batches(batches, opened.schema_arrow)
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"row group {group} of {file} cannot be read: {_line(error)}") from None
+        raise malformed(f"row group {group} of {file} cannot be read: {_line(error)}") from None
 
 
 def _line(error: Any) -> str:
