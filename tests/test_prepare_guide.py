@@ -49,7 +49,7 @@ def test_from_photos_and_from_a_tar_to_a_packed_run(
         assert logged[-1]["step"] == steps
         assert logged[-1]["real_token_fraction"] > 0.8, "rows are packed"
     summary = json.loads((tmp_path / "runs/photos/summary.json").read_text())
-    assert summary["eval"]["samples"] == 24, summary
+    assert summary["eval"]["questions"] == 24, summary
 
 
 if __name__ == "__main__":

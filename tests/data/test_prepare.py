@@ -393,7 +393,9 @@ def test_a_shard_that_is_not_whole_is_noticed(tmp_path: Path) -> None:
         (["--from=json", "t.csv"], "no known kind|neither .json"),
         (["--from=coco", "t.csv"], "not valid JSON"),
         (["--from=vqa", "t.csv"], "needs the answers too"),
-        (["--from=imagefolder", "."], "no folder in"),
+        (["--from=imagefolder", "empty"], "no folder in"),
+        (["--from=imagefolder", "."], "lies in the source"),
+        (["--from=imagefolder", "empty", "--images=."], "belongs to --from=json or"),
         (["--from=webdataset", "{0..2}.tar"], "3 of the 3 files"),
         (["--from=webdataset", "t.csv"], "is no tar"),
         (["--from=coco", "t.csv", "--image_column=x"], "belongs to --from=csv"),
@@ -403,6 +405,7 @@ def test_a_shard_that_is_not_whole_is_noticed(tmp_path: Path) -> None:
 def test_what_cannot_be_leaves_nothing(tmp_path: Path, monkeypatch: Any, words: list[str], says: str) -> None:
     monkeypatch.chdir(tmp_path)
     make_many(tmp_path, 2)
+    (tmp_path / "empty").mkdir()
     before = contents(tmp_path)
     with pytest.raises(UsageError, match=says):
         main([*words, "--output=out"])

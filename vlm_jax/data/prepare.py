@@ -34,6 +34,7 @@ MEGABYTE = 1_000_000
 COLUMN_FLAGS = ("image_column", "question_column", "answer_column", "caption_column")
 # Flags that belong to some kinds alone.
 OWN = {
+    "images": (*READ_ALREADY, "csv", "coco", "vqa"),
     "question": (*TABLES, "webdataset"),
     "annotations": ("vqa",),
     **dict.fromkeys(COLUMN_FLAGS, ("csv",)),
@@ -70,18 +71,13 @@ def main(argv: Sequence[str]) -> None:
     output = Path(given.output).expanduser()
     work = output.with_name(f"{output.name}.preparing")
     files, size = stamp(given.source, given.annotations)
-    made_from = {
-        "from": kind,
-        **{name: vars(given)[name] for name in ("source", *FLAGS) if name not in (*FREE, "from")},
-    }
-    made_from["source_bytes"] = size
+    made_from = {name: value for name, value in vars(given).items() if name not in FREE} | {"source_bytes": size}
     if output.exists():
         _leave(output, made_from)
         shutil.rmtree(work, ignore_errors=True)
         return
-    run = (
-        beam(given.runner, given.runner_options, work) if given.runner else local(given.workers or os.cpu_count() or 1)
-    )
+    workers = given.workers or os.cpu_count() or 1
+    run = beam(given.runner, given.runner_options, work) if given.runner else local(workers)
     began = time.monotonic()
     with locked(work):
         same_settings(work, {**made_from, "files": files})
@@ -118,6 +114,9 @@ def _check(given: SimpleNamespace, kind: str) -> None:
         raise UsageError("--seed must be 0 or more, --shard_mb and --workers at least 1")
     if given.runner_options and given.runner is None:
         raise UsageError("--runner_options belong to --runner, which is missing")
+    source, output = (Path(path).expanduser().resolve() for path in (given.source, given.output))
+    if source.is_dir() and output.is_relative_to(source):
+        raise UsageError(f"--output={given.output} lies in the source, and would be read as part of it; choose another")
     if given.images is not None and not Path(given.images).expanduser().is_dir():
         raise UsageError(f"the images folder {given.images} does not exist; correct --images")
 

@@ -131,13 +131,17 @@ class Look:
             entries.append(entry)
             counts.append(len(found))
             digests.extend(found)
-        Notes(
+        notes = Notes(
             np.array(sizes, np.int64),
             np.array(entries, np.uint64),
             np.array(counts, np.int64),
             np.array(digests, np.uint64),
             tuple(bad),
-        ).save(self.file(number))
+        )
+        try:
+            notes.save(self.file(number))
+        except OSError as error:
+            return f"{self.work} cannot be written: {error.strerror or error}"
         return ""
 
     def _examine(self, record: Record) -> tuple[bytes, list[int]]:

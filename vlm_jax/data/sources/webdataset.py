@@ -190,7 +190,7 @@ def _record(name: str, image: bytes | None, text: bytes | None, data: bytes | No
 @functools.lru_cache(2)
 def _load(index: Path) -> tuple[Sequence[str], np.ndarray, np.ndarray]:
     with np.load(index, allow_pickle=False) as stored:
-        return bytes(stored["names"]).decode().splitlines(), stored["places"], stored["ends"]
+        return bytes(stored["names"]).decode().split("\n"), stored["places"], stored["ends"]
 
 
 # --------------------------------------------------------------------------------------------------------- listing many
