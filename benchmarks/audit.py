@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import resource
 import shutil
 import struct
 import subprocess
@@ -196,6 +197,7 @@ def main() -> None:
         began = time.monotonic()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         seconds = time.monotonic() - began
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
         print(done.stdout)
         lines = (folder / "report" / "faults.jsonl").read_text().splitlines()
         found = {(line["record"], line["kind"]) for line in map(json.loads, lines) if line["source"] == str(train)}
@@ -215,6 +217,7 @@ def main() -> None:
         "status": done.returncode,
         "seconds": round(seconds, 1),
         "images_per_second": audit["images_per_second"],
+        "processor_seconds": round(used.ru_utime + used.ru_stime, 1),
     }
     print(f"{report['cpu']}; " + ", ".join(f"{package} {v}" for package, v in report["versions"].items()))
     print(f"{'kind':<20}{'planted':>9}{'found':>9}")
@@ -224,7 +227,7 @@ def main() -> None:
     print(f"missed {len(report['missed'])}, invented {invented}; exit status {report['status']}")
     print(
         f"{report['images_per_second']} images/s on {arguments.workers} processes; "
-        f"the whole command took {seconds:.0f} s for {report['images']:,} images"
+        f"the whole command took {seconds:.0f} s, and {report['processor_seconds']:.0f} s of the processors' time"
     )
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
 

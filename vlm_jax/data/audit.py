@@ -21,6 +21,7 @@ from typing import Any
 
 from vlm_jax.compat import check_versions
 from vlm_jax.config import load_config, parse_command, plain
+from vlm_jax.data.sources import SourceSpec, cache_folder, open_source
 from vlm_jax.errors import UsageError, run_command, suggest
 
 FLAGS = {
@@ -48,7 +49,6 @@ def main(argv: Sequence[str]) -> None:
 
     from vlm_jax.data.cleaning import check_cleanable, write_clean
     from vlm_jax.data.inspection import inspect
-    from vlm_jax.data.sources import SourceSpec, open_source
 
     recipe = _recipe(given) if given.config else None
     if recipe is not None:
@@ -132,7 +132,6 @@ def _measure(found: Any, recipe: Recipe, workers: int) -> Any:
 
     from vlm_jax.data.index import KINDS, build_index
     from vlm_jax.data.inspection import Measurer, in_parallel
-    from vlm_jax.data.sources import cache_folder
 
     index = build_index(found.sources, recipe.encoder, workers=workers, cache=cache_folder() / "index")
     known = {(fault.source, fault.index) for fault in found.faults if fault.kind in KINDS}
