@@ -7,6 +7,7 @@ import contextlib
 import json
 import pickle
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from PIL import Image as PIL
 from vlm_jax.data import UNTRAINED, BadRecord, Image, Message, Record, encode_conversation, open_source, parse_record
 from vlm_jax.data.formats import FORMATS
 from vlm_jax.data.images import Picture
+from vlm_jax.errors import UsageError
 
 IMAGE = "photos/bus.jpg"
 CONVERSATION = (Message("user", (Image(0), "What colour is the bus?")), Message("assistant", ("White and red.",)))
@@ -81,6 +83,18 @@ def test_each_form_gives_the_same_record(page: Path, name: str, monkeypatch: pyt
     assert record == Record("7", EXAMPLES[name], record.images)
     (image,) = record.images
     assert Picture(image, source.images).encoded == (page / IMAGE).read_bytes()
+
+
+def test_tfds_says_why_a_split_cannot_be_opened(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(page / "prepared" / "bus_photos", tmp_path / "bus_photos")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(UsageError, match=r"split 'test' .* it has train"):
+        open_source("tfds:bus_photos:test")
+    info = tmp_path / "bus_photos/1.0.0/dataset_info.json"
+    assert "array_record" in info.read_text()
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UsageError, match=r"prepared as tfrecord.*--file_format=array_record"):
+        open_source("tfds:bus_photos:train[:1]")
 
 
 TURNS = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "A cat."}]
