@@ -47,6 +47,9 @@ KINDS = (*FAULTS, "exif_rotated")
 HELD_OUT = 20  # one image in so many
 
 
+Record = dict[str, Any]
+
+
 def clouds(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     """uint8 [H, W, 3] with the spectrum of photographs: amplitude 1/f, channels mostly alike."""
     frequency = np.hypot(np.fft.rfftfreq(width), np.fft.fftfreq(height)[:, None])
@@ -68,10 +71,14 @@ def make_set(
     sky = clouds(rng, 2400, 1600) if max(sizes)[0] > 1000 else clouds(rng, 600, 400)
     chosen = rng.choice(len(sizes), images, p=list(sizes.values()))
     photos = folder / "photos"
-    records = []
+    records: list[Record] = []
+    cuts: set[tuple[int, ...]] = set()
     for number in range(images):
         width, height = list(sizes)[chosen[number]]
-        left, top = rng.integers(sky.shape[1] - width), rng.integers(sky.shape[0] - height)
+        left = top = -1
+        while (width, height, left, top) in cuts or left < 0:  # no two images alike but those that are planted
+            left, top = int(rng.integers(sky.shape[1] - width)), int(rng.integers(sky.shape[0] - height))
+        cuts.add((width, height, left, top))
         pixels = np.ascontiguousarray(sky[top : top + height, left : left + width])
         name = f"{number % 100:02d}/{number:06d}.jpg"
         (photos / name).parent.mkdir(parents=True, exist_ok=True)
@@ -97,9 +104,6 @@ def make_set(
     for file, some in zip(files, (train, held_out), strict=True):
         file.write_text(json.dumps(some))
     return *files, planted
-
-
-Record = dict[str, Any]
 
 
 def _break(record: Record, other: Record, photos: Path, form: int) -> None:
