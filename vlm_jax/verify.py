@@ -88,9 +88,10 @@ def main(argv: Sequence[str]) -> None:
         checks += _with_transformers(vlm, folder, image if image is not None else pattern(), given)
     else:
         print("torch is not installed: not compared with transformers", file=sys.stderr)
-    width = max(len(check.what) for check in checks)
-    for check in checks:
-        print(f"{check.what:<{width}}  {check.beside:<14}{check.found:<44}{'ok' if check.right else 'DIFFERS'}")
+    rows = [(check.what, check.beside, check.found, "ok" if check.right else "DIFFERS") for check in checks]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     wrong = [f"{check.what} ({check.beside})" for check in checks if not check.right]
     if wrong:
         raise VlmError(f"{given.model} does not compute here what it should: {'; '.join(wrong)}")
