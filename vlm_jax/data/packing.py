@@ -78,14 +78,16 @@ def _best_fit(tokens: np.ndarray, tiles: np.ndarray, budget_tokens: int, budget_
     sizes, images = kinds[:, 0], kinds[:, 1]
     members = np.argsort(kind_of.reshape(-1), kind="stable")
     after = np.cumsum(left)  # where the members of a kind end
-    present = np.arange(len(kinds))  # kinds of which a record is left, by size
+    present, present_sizes = np.arange(len(kinds)), sizes  # kinds of which a record is left, by size
+    most_images = images.max(initial=0)
     rows = []
     while len(present):
         row: list[int] = []
         room, room_tiles = budget_tokens, budget_tiles
         while len(present):
-            fitting = present[: np.searchsorted(sizes[present], room, "right")]
-            fitting = fitting[images[fitting] <= room_tiles]
+            fitting = present[: present_sizes.searchsorted(room, "right")]
+            if room_tiles < most_images:
+                fitting = fitting[images[fitting] <= room_tiles]
             if not len(fitting):
                 break
             chosen = [fitting[-1]]
@@ -96,8 +98,9 @@ def _best_fit(tokens: np.ndarray, tiles: np.ndarray, budget_tokens: int, budget_
                 left[kind] -= 1
                 room -= int(sizes[kind])
                 room_tiles -= int(images[kind])
-            if not all(left[chosen]):
+            if not all(left[kind] for kind in chosen):
                 present = present[left[present] > 0]
+                present_sizes = sizes[present]
         rows.append(row)
     return rows
 
@@ -107,7 +110,7 @@ def _fullest(
 ) -> list[int]:
     """The one or two kinds that fill most of the room: the largest alone, or with each kind the largest beside it."""
     size = sizes[fitting]
-    beside = np.searchsorted(size, room - size, "right") - 1
+    beside = size.searchsorted(room - size, "right") - 1
     beside -= (beside == np.arange(len(size))) & (left[fitting] < 2)
     possible = (beside >= 0) & (images[fitting] + images[fitting[beside]] <= room_tiles)
     together = np.where(possible, size + size[beside], 0)
