@@ -137,8 +137,8 @@ def main() -> None:
     mb = 1e6
     print(f"open     {seconds:.2f} s, {opened[1] / mb:.1f} MB (limit {LIMIT_SECONDS} s)")
     print(
-        f"parent   {parent[0] / mb:.0f} MB resident, {(parent[1] - own[1]) / mb:.0f} of them by {READS:,} random reads, "
-        f"of which one thread does {alone:,.0f} a second"
+        f"parent   {parent[0] / mb:.0f} MB resident, {(parent[1] - own[1]) / mb:.0f} of them by {READS:,} reads: "
+        f"{alone:,.0f} a second in one thread"
     )
     for memory, more in zip(workers.values(), added, strict=True):
         print(f"worker   {memory[0] / mb:.0f} MB resident, {more / mb:.0f} more than it starts with")

@@ -37,7 +37,9 @@ def test_from_photos_and_from_a_tar_to_a_packed_run(
     (tmp_path / "configs").symlink_to(repository / "configs")
     done = run_python(__file__, PAGE, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    sides = {side: json.loads((tmp_path / f"shards/{side}/shards.json").read_text()) for side in ("train", "validation")}
+    sides = {
+        side: json.loads((tmp_path / f"shards/{side}/shards.json").read_text()) for side in ("train", "validation")
+    }
     assert {side: index["records"] for side, index in sides.items()} == {"train": 216, "validation": 24}
     assert [file.name for file in (tmp_path / "shards/train").glob("*.array_record")] == re.findall(
         r"train-\S+array_record", PAGE.read_text()
