@@ -177,7 +177,7 @@ def _report(found: Any, index: Any, recipe: Recipe | None, workers: int) -> dict
             kind: {
                 "records": len({(one.source, one.index) for one in faults}),
                 "bad": kind not in NOTES,
-                "first": f"{faults[0].id}: {faults[0].message}",
+                "first": " ".join(f"{faults[0].id}: {faults[0].message}".split()),
                 "advice": ADVICE[kind],
             }
             for kind, faults in sorted(by_kind.items(), key=lambda item: (item[0] in NOTES, -len(item[1])))
@@ -253,6 +253,8 @@ def _training_speed(found: Any, recipe: Recipe, workers: int) -> float | None:
 
 def table(report: Mapping[str, Any], found: Any) -> str:
     """The report for a terminal."""
+    from vlm_jax.data.rendering import printable
+
     lines = []
     for source, held_out in zip(found.sources, found.held_out, strict=True):
         lines.append(f"{source.path}: {len(source):,} records{' (validation)' if held_out else ''}")
@@ -287,7 +289,7 @@ def table(report: Mapping[str, Any], found: Any) -> str:
             lines.append(f"{one['length']:<20,}{one['tiles']:>9,}{shares}{one['per_row']:>16.1f}")
     if report.get("training_images_per_second"):
         lines += ["", f"this host reads {report['training_images_per_second']:,} images a second for training"]
-    return "\n".join([*lines, ""])
+    return "\n".join([*map(printable, lines), ""])
 
 
 def _make(output: Path) -> None:

@@ -64,7 +64,8 @@ def _one(
         axis.axvline(length, color=ORANGE, linestyle="--", linewidth=1)
         at = 0.97 - 0.16 * (number % 3)
         label = f" T={length:,}\n {share:.1%} longer"
-        axis.text(length, at, label, va="top", fontsize=8, color=ORANGE, transform=axis.get_xaxis_transform())
+        drawn = axis.text(length, at, label, va="top", fontsize=8, color=ORANGE, transform=axis.get_xaxis_transform())
+        drawn.set_bbox({"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1})
 
 
 def _sizes(axis: Any, sizes: np.ndarray) -> None:
