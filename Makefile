@@ -20,11 +20,11 @@ PIP := $(RUN) -m pip --disable-pip-version-check install -qq --prefer-binary --n
 STAMP = $$( ($(PYTHON) -c "import sys; print(sys.version, sys.base_prefix)"; pwd; cat pyproject.toml setup.py) \
 	| cksum | tr -d ' ')
 
-.PHONY: help quickstart test test-all test-lowest lint format goldens systems venv venv-test clean
+.PHONY: help quickstart test test-all test-lowest lint format goldens systems verify-weights venv venv-test clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 quickstart: venv ## train a small LLaVA on real handwriting, on the CPU, and question it (a few minutes)
 	@$(RUN) -m vlm_jax.train --config=configs/quickstart.py
@@ -59,6 +59,9 @@ goldens: venv-test ## rewrite tests/goldens (every config resolved) and the guid
 
 systems: ## the table of systems, from docs/systems.json, printed and put into README.md
 	@$(PYTHON) docs/print_systems.py --write README.md
+
+verify-weights: venv-test ## fetch a released model and compare it with transformers; MODEL=owner/name, IMAGE=FILE
+	@$(RUN) -m vlm_jax.verify $(if $(MODEL),--model=$(MODEL)) $(if $(IMAGE),--image=$(IMAGE))
 
 venv: ## an environment for using vlm_jax
 	@$(call install,core,.)

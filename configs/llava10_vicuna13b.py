@@ -45,6 +45,7 @@ def get_config(args: str = "") -> ConfigDict:
             train="playground/data/llava_instruct_158k.json",
             images="playground/data/coco/train2014",
             template="vicuna_v1",
+            image_placement="random",  # as the paper (equation 2); its later scripts: first
             groups=(("vision/.*", None), (".*", 1.0)),
             samples=128,  # of the script; the README of v1.0.1 has 32
             lr=2e-5,
@@ -60,6 +61,7 @@ def get_config(args: str = "") -> ConfigDict:
     if v.task:
         c.model.vision = clip_l14_336()
         own_data(c, init_from="liuhaotian/llava-v1-0719-336px-lora-merge-vicuna-13b-v1.3", vocab_size=32_000)
+        c.stages[0].image_placement = "first"  # as the scripts of July 2023, which made that model
         c.buckets.lengths = (640, 1024, 2048)
     if v.no_align:
         without(c, "pretrain")

@@ -19,7 +19,7 @@ from vlm_jax.models.binding import Params
 from vlm_jax.models.flops import Costs, llava_costs
 from vlm_jax.models.llava import Batch, LlavaConfig, bind_llava
 from vlm_jax.models.schema import from_dict
-from vlm_jax.objectives.language_modeling import next_token_loss, row_weights, total_weight
+from vlm_jax.objectives.language_modeling import next_token_loss, token_weights, total_weight
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -81,7 +81,7 @@ class LlavaFamily:
 
     def weigh(self, batch: Batch, *, norm: str, ranks: int) -> tuple[jax.Array, jax.Array]:
         """`training.state.Weigh`, by `config.loss_norm` and `config.loss_ranks`."""
-        weights = row_weights(batch["labels"], norm=norm, ranks=ranks)
+        weights = token_weights(batch["labels"], batch["segment_ids"], norm=norm, ranks=ranks)
         return weights, total_weight(batch["labels"], weights)
 
     def costs(self, rates: Mapping[str, float | None]) -> Costs:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.config import plain
 from vlm_jax.data import SourceSpec
+from vlm_jax.data.packing import Packing
 from vlm_jax.errors import UsageError
 from vlm_jax.models.presets import lora
 from vlm_jax.models.schema import from_dict
@@ -35,10 +36,18 @@ def experiment(*, seed: int = 42) -> ConfigDict:
                 "max_tiles": None,  # N of anyres_max_N
                 "several": None,  # mode of the images of a record with several; None: mode
             },
-            "data": {"train": None, "eval": None, "images": None, "workers": 0, "max_bad_fraction": 0.01},
+            "data": {
+                "train": None,
+                "eval": None,
+                "images": None,
+                "confined": True,  # images lie in their folder; False: anywhere on this machine, by path or link
+                "workers": 0,
+                "max_bad_fraction": 0.01,
+            },
             "steps": None,
             "batch": {"samples": None, "per_device": None},
             "buckets": {"lengths": (512, 1024, 2048), "tiles": (1, 4)},
+            "packing": {"fit": None, "window": 4096},  # best_fit or first_fit: rows of the largest bucket, filled
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "dtype": "bfloat16",  # of the computation; float32 is right on a CPU
             "frozen_dtype": "float32",  # of weights that are not trained; trained ones are float32
@@ -211,6 +220,7 @@ class Stage:
     image_placement: str
     compat_drop_mismatch: bool
     images: Mapping[str, Any]
+    packing: Packing
     samples: int
     lr: float
     groups: tuple[tuple[str, float | None], ...]
@@ -226,6 +236,7 @@ def stages(config: ConfigDict) -> list[Stage]:
         count = functools.reduce(lambda group, key: group[key], path.split("."), config)
         if count is not None and (not isinstance(count, int) or count < least):
             raise UsageError(f"config.{path} is {count!r}; give a whole number of at least {least}")
+    packing = from_dict(Packing, plain(config.packing), "config.packing")
     result = []
     for values in config.stages:
         data = config.data
@@ -236,7 +247,12 @@ def stages(config: ConfigDict) -> list[Stage]:
         if isinstance(train, str):
             train = ({"path": train},)
         sources = tuple(
-            from_dict(SourceSpec, {"images": images, **dict(one)}, f"stages.{values.name}.data.train") for one in train
+            from_dict(
+                SourceSpec,
+                {"images": images, "confined": data.confined, **dict(one)},
+                f"stages.{values.name}.data.train",
+            )
+            for one in train
         )
         evaluation = data.eval or (values.data.eval if not data.train else None)
         samples = config.batch.samples or values.samples
@@ -247,11 +263,12 @@ def stages(config: ConfigDict) -> list[Stage]:
             Stage(
                 name=values.name,
                 train=sources,
-                eval=SourceSpec(evaluation, images) if evaluation else None,
+                eval=SourceSpec(evaluation, images, confined=data.confined) if evaluation else None,
                 template=values.template,
                 image_placement=values.image_placement,
                 compat_drop_mismatch=bool(values.compat_drop_mismatch),
                 images={**plain(config.images), **plain(values.image_settings)},
+                packing=packing,
                 samples=samples,
                 lr=float(values.lr),
                 groups=tuple((str(pattern), rate) for pattern, rate in values.groups),

@@ -14,7 +14,7 @@ import jax
 from huggingface_hub import constants, try_to_load_from_cache
 
 from vlm_jax.config import load_config, plain, split_spec
-from vlm_jax.data.sources import MADE, open_source
+from vlm_jax.data.sources import is_there, open_source
 from vlm_jax.errors import UsageError
 from vlm_jax.families import DTYPES, make_family
 from vlm_jax.training.optimizer import multipliers
@@ -88,12 +88,12 @@ def check(config: Any, spec: str) -> None:
     short = memory is not None and most.bytes > memory
     weights = {name: _weights(name) for name in _starts(config)}
     sources = _sources(config)
-    data = {path: _is_there(path) for source in sources for path in source if path}
+    data = {path: is_there(path) for source in sources for path in source if path}
     named = config.data.train or all(stage.data.train for stage in config.stages)
     if not short and not any("MISSING" in where for where in weights.values()):
         if config.data.train or config.data.images:  # a path that the user typed: one sentence says what is wrong
             for path, images in sources:
-                if not _is_there(path) or (images and not _is_there(images)):
+                if not is_there(path) or (images and not is_there(images)):
                     open_source(path, images)
         if all(data.values()):
             return
@@ -136,11 +136,6 @@ def _sources(config: Any) -> list[tuple[str, str | None]]:
         images = config.data.images or stage.data.images
         found += [(str(one["path"]), dict(one).get("images") or images) for one in sources]
     return found
-
-
-def _is_there(path: str) -> bool:
-    """True also for what is made here, and for what is not on a disk."""
-    return path.partition(":")[0] in MADE or "://" in path or os.path.exists(os.path.expanduser(path))
 
 
 def _nearest(config: Any, spec: str, memory: int | None) -> list[str]:

@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -57,9 +56,8 @@ class Run:
 
     def __init__(self, config: Any, workdir: Path, command: str):
         from vlm_jax.data import open_source
-        from vlm_jax.data.sources import resolve
         from vlm_jax.families import dtype_of, make_family
-        from vlm_jax.inference.load import open_tokenizer
+        from vlm_jax.inputs import run_tokenizer
         from vlm_jax.interop.starting import open_start
         from vlm_jax.recipe import stages
 
@@ -69,24 +67,20 @@ class Run:
         self.stages = stages(config)
         self.images = [self.family.images(stage.images) for stage in self.stages]
         self.folders = [workdir / "checkpoints" / f"{i}-{stage.name}" for i, stage in enumerate(self.stages)]
+        changes = self._changes(command)
         model = plain(config.model)
         self.start = open_start(config.init_from, plain(config.parts), model, self.family.bound.abstract)
-        tokenizer = config.tokenizer or config.init_from or config.parts.decoder
-        if not tokenizer:
-            raise UsageError("the config names no tokenizer: give --config.tokenizer=FOLDER or a hub id")
-        self.tokenizer = open_tokenizer(str(resolve(tokenizer)[0]) if _is_local(tokenizer) else tokenizer)
-        if len(self.tokenizer) > self.family.vocab_size:
-            raise UsageError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, but config.model.decoder.vocab_size is "
-                f"{self.family.vocab_size}"
-            )
-        self.loaders = [self._loader(i) for i in range(len(self.stages))]
-        self.eval_sources = [open_source(s.eval.path, s.eval.images) if s.eval else None for s in self.stages]
+        self.tokenizer = run_tokenizer(config, self.family.vocab_size)
+        for number in range(len(self.stages)):
+            self._try_data(number)
+        self.loaders = [self._loader(i, index=self._kept_index(i)) for i in range(len(self.stages))]
+        self.eval_sources = [
+            open_source(s.eval.path, s.eval.images, confined=s.eval.confined) if s.eval else None for s in self.stages
+        ]
         for number in range(len(self.stages)):
             self._optimizer(number)
             self._try_weights(number)
-            self._try_data(number)
-        self._check_workdir(command)
+        self._prepare_workdir(changes)
 
     def _try_weights(self, number: int) -> None:
         """Raises UsageError where the rows of a step do not suit the way in which the loss is averaged."""
@@ -97,40 +91,73 @@ class Run:
         from vlm_jax.sharding import RULES
 
         loader, spread = self.loaders[number], NamedSharding(jax.sharding.get_mesh(), P(None, RULES.batch))
-        shape = (loader.micro_batches, loader.rows, 1)
-        jax.eval_shape(self._weigh, {"labels": jax.ShapeDtypeStruct(shape, "int32", sharding=spread)})
+        row = jax.ShapeDtypeStruct((loader.micro_batches, loader.rows, 1), "int32", sharding=spread)
+        jax.eval_shape(self._weigh, {"labels": row, "segment_ids": row})
+        rows, ranks = loader.micro_batches * loader.rows, self.config.loss_ranks
+        if self.config.loss_norm == "rank_mean" and loader.index is None and rows % ranks:
+            raise UsageError(f"loss_ranks {ranks} does not divide the {rows} rows of a step")
 
     def _try_data(self, number: int) -> None:
         """Reads a few samples of all data of a stage: a wrong folder shows now, not after the stages before it."""
         stage = self.stages[number]
         for sources in (stage.train, (stage.eval,)):
             if sources[0] is not None:
-                few = self._loader(number, sources=sources, samples=16, steps=1, bad_records=None, workers=0)
+                changes = {"sources": sources, "samples": 16, "steps": 1, "packing": None}
+                few = self._loader(number, **changes, bad_records=None, workers=0)
                 with contextlib.closing(iter(few)) as batches:
                     next(batches)
 
-    def _check_workdir(self, command: str) -> None:
-        """The workdir is new, or holds a run of the same config; nothing is written before this is known."""
-        file, changes = self.workdir / "config.json", []
-        if file.exists():
-            try:
-                before = json.loads(file.read_text())
-            except ValueError as error:
-                raise UsageError(f"{file} is damaged ({error}); choose another --workdir") from error
-            if not isinstance(before, dict) or "stages" not in before:
-                raise UsageError(f"{self.workdir} holds something else, not a run ({file}); choose another --workdir")
-            # A run that never came to a step, for an error in its settings, may have them corrected.
-            if (self.workdir / "metrics.jsonl").exists() or any(_last_step(f) is not None for f in self.folders):
-                changes = check_resume(before, self.config, workdir=str(self.workdir), command=command)
+    def _changes(self, command: str) -> Sequence[Any]:
+        """The workdir is new, or holds a run of the same config but for what may change, which is returned."""
+        file = self.workdir / "config.json"
+        if not file.exists():
+            return ()
+        try:
+            before = json.loads(file.read_text())
+        except ValueError as error:
+            raise UsageError(f"{file} is damaged ({error}); choose another --workdir") from error
+        if not isinstance(before, dict) or "stages" not in before:
+            raise UsageError(f"{self.workdir} holds something else, not a run ({file}); choose another --workdir")
+        return check_resume(before, self.config, workdir=str(self.workdir), command=command) if self._has_begun else ()
+
+    def _prepare_workdir(self, changes: Sequence[Any]) -> None:
+        """The first that is written, once everything has been checked."""
         for change in changes:
             print(f"changed since the run began: {change}")
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
             if changes:
                 self.summary_file.unlink(missing_ok=True)
-            _write(file, to_json(self.config))
+            _write(self.workdir / "config.json", to_json(self.config))
+            for number, loader in enumerate(self.loaders):
+                if loader.index is not None:
+                    loader.index.save(self._index_file(number))
         except OSError as error:
             raise UsageError(f"cannot write to --workdir={self.workdir}: {error.strerror}") from error
+
+    @property
+    def _has_begun(self) -> bool:
+        """A run that never came to a step, for an error in its settings, may have them corrected."""
+        return (self.workdir / "metrics.jsonl").exists() or any(_last_step(f) is not None for f in self.folders)
+
+    def _index_file(self, number: int) -> Path:
+        """What the records of a packed stage took when the run began: it decides which share a row."""
+        return self.workdir / f"index-{number}-{self.stages[number].name}.npz"
+
+    def _kept_index(self, number: int) -> Any:
+        """A run that goes on keeps its rows, whatever has been mended or cached since."""
+        from vlm_jax.data.index import Index
+
+        file = self._index_file(number)
+        if self.stages[number].packing.fit is None or not self._has_begun:
+            return None
+        index = Index.load(file)
+        if index is None:
+            raise UsageError(
+                f"{file} is missing or damaged; it says which records share a row, without which the run cannot go on "
+                "as it began: start anew in another --workdir"
+            )
+        return index
 
     @property
     def summary_file(self) -> Path:
@@ -149,34 +176,10 @@ class Run:
 
     def _loader(self, number: int, **changes: Any) -> Any:
         """The training data of a stage; with `changes`, other data read the same way."""
-        from vlm_jax.data.loader import Loader
-        from vlm_jax.sharding import batch_shards
+        from vlm_jax.inputs import stage_loader
 
-        config, stage = self.config, self.stages[number]
-        shards = batch_shards()
-        samples = changes.pop("samples", stage.samples)
-        per_device = config.batch.per_device or math.ceil(samples / shards)
-        settings: dict[str, Any] = {
-            "sources": stage.train,
-            "tokenizer": self.tokenizer,
-            "template": stage.template,
-            "image_placement": stage.image_placement,
-            "compat_drop_mismatch": stage.compat_drop_mismatch,
-            "images": self.images[number],
-            "samples": samples,
-            "rows": per_device * shards,
-            "micro_batches": math.ceil(samples / (per_device * shards)),
-            "lengths": config.buckets.lengths,
-            "tiles": config.buckets.tiles,
-            "seed": config.seed + number,
-            "epochs": stage.epochs,
-            "steps": stage.steps,
-            "workers": config.data.workers,
-            "max_bad_fraction": config.data.max_bad_fraction,
-            "bad_records": self.workdir,
-            "stage": stage.name,
-        }
-        return Loader(**{**settings, **changes})
+        own: dict[str, Any] = {"tokenizer": self.tokenizer, "images": self.images[number], "bad_records": self.workdir}
+        return stage_loader(self.config, self.stages[number], number, **{**own, **changes})
 
     def train(self, stop: Any, began: float) -> None:
         """Runs what is left of every stage, then evaluates and writes the model."""
@@ -269,6 +272,8 @@ class Run:
         else:
             state = checkpoints.restore(latest, jax.eval_shape(begin, family.bound.abstract))
         writer.say(f"\nstage {stage.name}: {loader.num_samples:,} samples, {loader.steps:,} steps of {stage.samples}")
+        for note in loader.notes:
+            writer.say(note)
         writer.say(group_table(family.bound.abstract, stage.groups, stage.lr))
         if latest is not None:
             writer.say(f"going on from step {latest:,}")
@@ -281,7 +286,7 @@ class Run:
         run = StageRun(
             name=stage.name,
             steps=loader.steps,
-            batches=lambda start: iter(self._loader(number, start_step=start)),
+            batches=lambda start: iter(self._loader(number, start_step=start, index=loader.index)),
             place=self._place,
             step=step,
             learning_rates=lambda at: (
@@ -350,6 +355,7 @@ class Run:
             number,
             sources=(stage.eval,),
             samples=min(config.eval.batch, len(source)),
+            packing=None,
             shuffle=False,
             epochs=1.0,
             steps=None,
@@ -467,10 +473,6 @@ def _last_step(folder: Path) -> int | None:
     """The newest step in a folder of checkpoints."""
     steps = [int(child.name) for child in folder.iterdir() if child.name.isdecimal()] if folder.is_dir() else []
     return max(steps, default=None)
-
-
-def _is_local(tokenizer: str) -> bool:
-    return ":" in tokenizer or os.path.isdir(os.path.expanduser(tokenizer))
 
 
 if __name__ == "__main__":

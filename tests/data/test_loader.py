@@ -86,7 +86,7 @@ def same(a: HostBatch, b: HostBatch) -> bool:
 def test_each_sample_once_per_epoch_with_threads_and_with_workers(make_set: MakeSet, load: Any) -> None:
     file = make_set(11)
     threads = load(file, epochs=2)
-    assert threads.num_samples == 11 and threads.steps_per_epoch == 3 and threads.steps == 6
+    assert threads.num_samples == 11 and threads.steps == 6
     batches = list(threads)
     assert [batch.step for batch in batches] == list(range(6))
     for epoch in (batches[:3], batches[3:]):
@@ -398,7 +398,7 @@ def test_settings_that_do_not_fit_say_so(make_set: MakeSet, load: Any) -> None:
         ({"template": "vicuna"}, "did you mean 'vicuna_v1'"),
         ({"lengths": ()}, "buckets.lengths"),
         ({"tiles": (0, 1)}, "buckets.tiles"),
-        ({"rows": 3}, "cannot hold 4 samples"),
+        ({"rows": 3, "micro_batches": 1}, "cannot hold 4 samples"),
         ({"process_count": 3, "process_index": 0}, "do not divide among 3"),
     ]:
         with pytest.raises(UsageError, match=says):

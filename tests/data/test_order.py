@@ -11,21 +11,21 @@ from vlm_jax.errors import UsageError
 
 
 def epoch(order: Order, number: int) -> list[tuple[int, int] | None]:
-    first = number * order.steps_per_epoch
-    steps = range(first, first + order.steps_per_epoch)
-    return [order.at(step, slot) for step in steps for slot in range(order.samples)]
+    steps = range(order.steps(number), order.steps(number + 1))
+    slots = [order.at(step, slot) for step in steps for slot in range(order.slots)]
+    return [slot[0][:2] if slot else None for slot in slots]
 
 
 def test_each_record_once_per_epoch_and_empty_slots_at_its_end() -> None:
     order = Order((11,), (1.0,), samples=4, seed=1)
-    assert order.num_samples == 11 and order.steps_per_epoch == 3
+    assert order.num_samples == 11 and order.steps(1.0) == 3 and order.steps(1.5) == 5
     for number in range(3):
         places = epoch(order, number)
         assert places[-1] is None and sorted(places[:-1]) == [(0, i) for i in range(11)]
     assert epoch(order, 0) != epoch(order, 1) != epoch(order, 2)
     assert epoch(order, 1) == epoch(Order((11,), (1.0,), samples=4, seed=1), 1)
     assert epoch(order, 0) != epoch(Order((11,), (1.0,), samples=4, seed=2), 0)
-    assert order.at(0, 4) is None  # a row beyond the batch
+    assert order.at(0, 4) == ()  # a row beyond the batch
     assert [order.seen(step) for step in (0, 1, 2, 3, 4)] == [0, 4, 8, 11, 15]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.data import ImageSettings, process, rows
-from vlm_jax.data.anyres import flat
+from vlm_jax.data.anyres import NEWLINE, flat
 from vlm_jax.data.conversation import IMAGE_ID, UNTRAINED
 from vlm_jax.data.images import layout
 
@@ -116,6 +116,55 @@ def test_one_collate_makes_a_batch_of_every_family(family: str) -> None:
         assert (batch[name][0][inside] == made[0][name]).all() and (batch[name][1] == made[1][name]).all()
         batch[name][0][inside] = field.pad
         assert (batch[name][0] == field.pad).all() and (batch[name][2] == field.pad).all()
+
+
+def of_sample(family: str, budgets: dict[str, int], images: int) -> rows.Row:
+    """A sample's arrays of a family: random, but what is numbered is numbered as in a row of its own."""
+    rng = np.random.default_rng(budgets["T"])
+    row = {}
+    for name, field in FAMILIES[family].items():
+        shape = field.shape(budgets)
+        row[name] = rng.integers(1, 6, shape).astype(field.dtype)
+        if field.counts == "segments":
+            row[name] = np.ones(shape, np.int32)
+        elif field.counts == "images":
+            row[name] = (np.arange(shape[0]) % images + field.first).astype(np.int32)
+            row[name][0] = field.first - 1 if field.first else 0
+        elif field.counts is not None:
+            row[name] = rng.integers(-1, budgets["K"] * budgets["P"], shape).astype(np.int32)
+    if "visual_index" in row:
+        row["visual_index"][-1] = NEWLINE
+    return row
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_of_every_family_share_a_row(family: str) -> None:
+    """Each finds its own arrays again: at an offset of place, and what it numbers at an offset of number."""
+    fields = FAMILIES[family]
+    sizes = [BUDGETS | {"T": 5, "S": 3, "K": 2, "C": 1}, BUDGETS | {"T": 4, "S": 4, "K": 1, "C": 1}, BUDGETS]
+    images = [2, 1, 3]
+    made = [of_sample(family, size, count) for size, count in zip(sizes, images, strict=True)]
+    row = rows.join(made, fields)
+    begun = dict.fromkeys((*BUDGETS, "K*P", "segments", "images"), 0)
+    for sample, size, count in zip(made, sizes, images, strict=True):
+        for name, field in fields.items():
+            value = sample[name]
+            at = (slice(begun[field.axes[0]], begun[field.axes[0]] + len(value)), *map(slice, value.shape[1:]))
+            numbered = field.counts is not None and value >= field.first
+            raised = np.where(value == NEWLINE, NEWLINE, value + begun.get(field.counts, 0))
+            np.testing.assert_array_equal(row[name][at], np.where(numbered, raised, value))
+        for axis in ("T", "S", "K", "C"):
+            begun[axis] += size[axis]
+        begun["K*P"] += size["K"] * size["P"]
+        begun["segments"] += 1
+        begun["images"] += count
+    for name, field in fields.items():
+        assert row[name].dtype == field.dtype and len(row[name]) == begun[field.axes[0]]
+    assert rows.join(made[:1], fields) is made[0] and rows.join([], fields) == {}
+    whole = {**BUDGETS, "T": 20, "S": 20, "K": 8, "C": 4}
+    batch = rows.collate([row, None], fields, whole)
+    if "visual_index" in batch:
+        assert (batch["visual_index"][0] == 8 * 2).sum() >= 3  # newlines of all three
 
 
 def test_the_fields_are_those_of_the_design() -> None:

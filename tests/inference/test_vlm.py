@@ -291,13 +291,13 @@ def test_a_stream_that_ends_within_a_character_says_so(vlm: VLM, monkeypatch: py
 def test_a_stop_of_several_tokens_is_never_shown(make_vlm: Callable[..., VLM], monkeypatch: pytest.MonkeyPatch) -> None:
     vlm = make_vlm(template="plain")  # stops at a newline, which is no token by this name
     Script(vlm.tokenizer("a cat\nand more")["input_ids"]).install(vlm, monkeypatch)
-    one = vlm.encode(Request(as_messages("", 0)))
+    one = vlm.encode(Request(as_messages("say", 0)))
     assert one.stop_strings[0] == "\n"
-    assert "".join(vlm.stream(Request(as_messages("", 0)), max_new_tokens=99)) == "a cat"
+    assert "".join(vlm.stream(Request(as_messages("say", 0)), max_new_tokens=99)) == "a cat"
     assert vlm._text(vlm.tokenizer("a cat\nand more")["input_ids"], one) == "a cat"
     monkeypatch.setattr(vlm, "encode", lambda request: dataclasses.replace(one, stop_strings=("###",)))
     Script(vlm.tokenizer("a # b ## c### d")["input_ids"]).install(vlm, monkeypatch)
-    assert "".join(vlm.stream(Request(as_messages("", 0)), max_new_tokens=99)) == "a # b ## c"
+    assert "".join(vlm.stream(Request(as_messages("say", 0)), max_new_tokens=99)) == "a # b ## c"
 
 
 # ---------------------------------------------------------------------------------------------- questions and images

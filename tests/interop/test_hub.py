@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import vlm_jax
-from vlm_jax import convert
-from vlm_jax.errors import UsageError
+from vlm_jax import convert, verify
+from vlm_jax.errors import UsageError, VlmError
 from vlm_jax.families import make_family
 from vlm_jax.inference.load import save
 from vlm_jax.interop import hub
@@ -336,6 +336,23 @@ def test_a_model_is_loaded_from_the_hub_and_pushed_to_it(
     there = server.repos["me/hf"]["main"]
     assert set(there) == {"README.md", *(file.name for file in (tmp_path / "hf").iterdir())}
     assert json.loads(there["config.json"])["model_type"] == "llava" and b'license: "mit"' in there["README.md"]
+
+
+def test_a_released_model_is_fetched_and_verified(
+    server: Hub, made_llava: Path, one_device: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under the name of one of which logits are recorded, which those of this one are not."""
+    name = "llava-hf/llava-v1.6-mistral-7b-hf"
+    server.repos[name] = {"main": {file.name: file.read_bytes() for file in made_llava.iterdir()}}
+    with pytest.raises(VlmError, match=r"does not compute here what it should: logits before the image \(records\)$"):
+        verify.main([f"--model={name}", "--max_new_tokens=8"])
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{name}: ") and "parameters, float32" in first
+    beside = [(row.split("  ")[0], row.endswith("  ok"), "transformers" in row) for row in rows]
+    assert beside == [
+        *(("logits before the image", False, False), ("answer", True, False), ("tokens of the prompt", True, True)),
+        *(("logits", True, True), ("logits", True, False), ("answer", True, True)),
+    ]
 
 
 @pytest.mark.parametrize("format", ["hf", "llava", "adapter"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.errors import UsageError
-from vlm_jax.objectives.language_modeling import next_token_loss, row_weights, total_weight
+from vlm_jax.objectives.language_modeling import next_token_loss, token_weights, total_weight
 from vlm_jax.sharding import make_mesh
 
 MICRO, ROWS, LENGTH, WIDTH, VOCABULARY = 2, 4, 12, 8, 20
@@ -41,8 +41,10 @@ def per_token(hidden: np.ndarray, head: np.ndarray, labels: np.ndarray) -> np.nd
 
 
 @functools.partial(jax.jit, static_argnames=("norm", "ranks"), compiler_options={"xla_backend_optimization_level": 0})
-def ours(hidden: jax.Array, head: jax.Array, labels: jax.Array, *, norm: str, ranks: int) -> jax.Array:
-    weights = row_weights(labels, norm=norm, ranks=ranks)
+def ours(
+    hidden: jax.Array, head: jax.Array, labels: jax.Array, segments: jax.Array | None = None, *, norm: str, ranks: int
+) -> jax.Array:
+    weights = token_weights(labels, jnp.ones_like(labels) if segments is None else segments, norm=norm, ranks=ranks)
     parts = [next_token_loss(hidden[i], head, labels[i], weights[i]) for i in range(len(labels))]
     return sum(parts) / total_weight(labels, weights)
 
@@ -66,6 +68,23 @@ def test_a_rank_without_a_trained_token_counts_nothing() -> None:
     assert ours(hidden, head, labels, norm="rank_mean", ranks=4) == pytest.approx(np.mean(groups), rel=1e-6)
 
 
+@pytest.mark.parametrize("ranks", [4, 3])
+def test_samples_that_share_rows_keep_their_ranks(ranks: int) -> None:
+    """Eight samples in rows of one, two and three, and rows that are not filled, in the same order."""
+    hidden, head, labels = made()
+    expected = ours(hidden, head, labels, norm="rank_mean", ranks=ranks)
+    packed = [[0], [1, 2], [3, 4, 5], [6, 7]]
+    shape = (2, 2, 3 * LENGTH)
+    rows = np.zeros((4, 3 * LENGTH, WIDTH), np.float32), np.full((4, 3 * LENGTH), -100), np.zeros((4, 3 * LENGTH), int)
+    for row, samples in enumerate(packed):
+        for place, sample in enumerate(samples):
+            at = slice(place * LENGTH, (place + 1) * LENGTH)
+            rows[0][row, at], rows[1][row, at] = hidden.reshape(8, LENGTH, WIDTH)[sample], labels.reshape(8, -1)[sample]
+            rows[2][row, at] = place + 1
+    together = (rows[0].reshape(*shape, WIDTH), head, rows[1].reshape(shape), rows[2].reshape(shape))
+    assert ours(*together, norm="rank_mean", ranks=ranks) == pytest.approx(float(expected), rel=1e-6)
+
+
 @pytest.mark.parametrize(("norm", "ranks"), [("global_tokens", 1), ("rank_mean", 4)])
 def test_nothing_to_train_is_zero(norm: str, ranks: int) -> None:
     hidden, head, labels = made()
@@ -75,6 +94,4 @@ def test_nothing_to_train_is_zero(norm: str, ranks: int) -> None:
 def test_mistakes_are_one_sentence() -> None:
     labels = jnp.zeros((1, 6, 4), int)
     with pytest.raises(UsageError, match=r"loss_norm 'rank-mean' is not one of .*did you mean 'rank_mean'"):
-        row_weights(labels, norm="rank-mean", ranks=1)
-    with pytest.raises(UsageError, match="loss_ranks 4 does not divide the 6 rows"):
-        row_weights(labels, norm="rank_mean", ranks=4)
+        token_weights(labels, labels, norm="rank-mean", ranks=1)

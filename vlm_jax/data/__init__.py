@@ -1,7 +1,8 @@
 """Data: from files of records to batches of fixed shapes. `vlm_jax.data.loader.Loader` makes the batches of a run.
 
 record (records, formats, sources) → ids, labels (conversation, templates) and tiles (images, anyres, resize)
-→ row (rows) → its place in the run (order) → read in threads and workers (reading) → batch (loader)
+→ row (rows) → its place in the run (order; packing, from the sizes in the index) → read in threads and workers
+(reading) → batch (loader)
 """
 
 from vlm_jax.data.chat_template import chat_template, template_of

@@ -18,12 +18,17 @@ import numpy as np
 from vlm_jax.data.formats import parse_turns
 from vlm_jax.data.mismatch import mismatched
 from vlm_jax.data.records import BadRecord, Image, Message, Part, Record
-from vlm_jax.data.templates import Template, Trained, get_template
+from vlm_jax.data.templates import DOCUMENT, Template, Trained, get_template
 from vlm_jax.errors import UsageError, suggest
 
 IMAGE_ID = -200
 UNTRAINED = -100
 PLACEMENTS = ("as_is", "first", "last", "random")
+
+
+class Muted(Trained):
+    """A piece that is tokenised as a trained one and is not trained: of an answer whose `train` is false."""
+
 
 SLOT = re.compile(r"(\{(?:content|images|system|bos|eos)\})")
 
@@ -55,7 +60,9 @@ def encode_conversation(
 ) -> dict[str, np.ndarray]:
     """Token ids and labels of a whole conversation.
 
-    conversation: LLaVA's [{"from", "value"}, ...], chat messages, or a Record.
+    conversation: LLaVA's [{"from", "value"}, ...], chat messages, or a Record. Of an answer whose `train` is false
+      (`loss` in the data) nothing is trained. An interleaved document is trained as it stands: BOS, all of it, EOS,
+      with no template around it.
     tokenizer: a fast tokenizer of transformers. Its BOS stands first if it adds one itself.
     image_placement: where the only image of a message stands. "first" moves it before the text, with a newline between,
       and strips the text (LLaVA's preprocess_multimodal); "last" moves it behind; "random" is one of these, drawn for
@@ -67,8 +74,10 @@ def encode_conversation(
     Raises UsageError for an unknown template or placement; BadRecord("malformed") for a conversation that does not
       alternate, or that the template cannot hold.
     """
-    shape = get_template(template)
-    messages = _placed(_messages(conversation)[0], image_placement, seed)
+    shape, said = get_template(template), _messages(conversation)[0]
+    document = said[0].role == "document"
+    shape = DOCUMENT if document else shape
+    messages = _placed(said, "as_is" if document else image_placement, seed)
     _check(messages, shape, template)
     encoded = _encode(list(_pieces(messages, shape, tokenizer)), shape, tokenizer)
     if compat_drop_mismatch and shape.rounds is not None:
@@ -125,6 +134,13 @@ def check_placement(placement: str) -> None:
         )
 
 
+def check_conversation(record: Record, template: str) -> None:
+    """What `encode_conversation` would find wrong before it needs a tokenizer. Raises BadRecord("malformed")."""
+    _check(record.messages, get_template(template), template)
+    for message in record.messages:
+        _check_unicode(message.text)
+
+
 def _placed(messages: Sequence[Message], placement: str, seed: int | Sequence[int] = 0) -> list[Message]:
     check_placement(placement)
     if placement == "random":
@@ -139,12 +155,15 @@ def _moved(message: Message, placement: str) -> Message:
         return message
     text = message.text.strip()
     if not text:
-        return Message(message.role, (images[0],))
-    return Message(message.role, (images[0], "\n" + text) if placement == "first" else (text + "\n", images[0]))
+        return dataclasses.replace(message, content=(images[0],))
+    content = (images[0], "\n" + text) if placement == "first" else (text + "\n", images[0])
+    return dataclasses.replace(message, content=content)
 
 
 def _check(messages: Sequence[Message], template: Template, name: str, prompt: bool = False) -> None:
     turns = [message.role for message in messages if message.role != "system"]
+    if turns == ["document"] == [message.role for message in messages] and not prompt:
+        return
     if any(message.role == "system" for message in messages[1:]):
         raise BadRecord("malformed", "a system message is not the first message")
     if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2):
@@ -170,7 +189,7 @@ def _pieces(
     system, turns = template.system, messages
     if messages[0].role == "system":
         system, turns = messages[0].text, messages[1:]
-    formats = {"user": template.user, "assistant": template.assistant}
+    formats = {"user": template.user, "assistant": template.assistant, "document": template.assistant}
     rendered: list[tuple[tuple[str, ...], tuple[Part, ...]]] = [(template.begin if system else template.bare, ())]
     for number, turn in enumerate(turns):
         formatted = formats[turn.role]
@@ -178,6 +197,8 @@ def _pieces(
             formatted = template.first_user
         if silent is not None and not turn.content:
             formatted = (silent[number % 2],)
+        if not turn.train:
+            formatted = tuple(Muted(piece) if isinstance(piece, Trained) else piece for piece in formatted)
         rendered.append((formatted, turn.content))
     if end:
         rendered.append((template.end, ()))
@@ -208,26 +229,28 @@ def _encode(pieces: Sequence[Part], template: Template, tokenizer: Any) -> dict[
         )
     begins = _begins(tokenizer)
     ids = [tokenizer.bos_token_id] if begins else []
-    labels = [UNTRAINED] * len(ids)
+    labels, muted = [UNTRAINED] * len(ids), [False] * len(ids)
     for stretch in _stretches(pieces, template.apart):
         if isinstance(stretch, Image):
             ids.append(IMAGE_ID)
             labels.append(UNTRAINED)
+            muted.append(False)
             continue
         text = "".join(stretch)
         _check_unicode(text)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        trained = [flag for piece in stretch for flag in [isinstance(piece, Trained)] * len(piece)]
+        kinds = [type(piece) for piece in stretch for _ in piece]
         ids += encoded["input_ids"]
-        labels += [
-            number if any(trained[start : max(stop, start + 1)]) else UNTRAINED
-            for number, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        ]
+        for number, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            covered = kinds[start : max(stop, start + 1)]
+            labels.append(number if Trained in covered or Muted in covered else UNTRAINED)
+            muted.append(Muted in covered and Trained not in covered)
+    if template.late and begins:
+        labels = _late(ids, labels)
+    labels = [UNTRAINED if mute else label for label, mute in zip(labels, muted, strict=True)]
     if template.always:
         always = _numbers(tokenizer, template.always)
         labels = [number if number in always else label for number, label in zip(ids, labels, strict=True)]
-    if template.late and begins:
-        labels = _late(ids, labels)
     return {"input_ids": np.array(ids, np.int32), "labels": np.array(labels, np.int32)}
 
 
@@ -235,7 +258,8 @@ def _stretches(pieces: Sequence[Part], apart: bool) -> Iterator[Image | list[str
     """The images, and between them the texts that are tokenised together."""
     together: list[str] = []
     for piece in pieces:
-        cut = isinstance(piece, Image) or (apart and together and type(piece) is not type(together[-1]))
+        turned = together and isinstance(piece, Trained) != isinstance(together[-1], Trained)
+        cut = isinstance(piece, Image) or (apart and turned)
         if cut and together:
             yield together
             together = []

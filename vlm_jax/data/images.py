@@ -12,23 +12,23 @@ import dataclasses
 import io
 import math
 import os
-import stat
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from vlm_jax.data import anyres
 from vlm_jax.data.anyres import Layout, Size
-from vlm_jax.data.records import BadRecord
+from vlm_jax.data.records import AnyPath, BadRecord
 from vlm_jax.data.resize import resize
+from vlm_jax.data.safety import read_file
 from vlm_jax.errors import UsageError, suggest
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # of an animation, the first picture
 MAX_PIXELS = 50_000_000
-MAX_BYTES = 200_000_000
+MAX_SCANS = 50  # of a progressive JPEG: about ten are usual, and each goes over all pixels, however few bytes it has
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -200,10 +200,14 @@ class Picture:
         self._pixels: np.ndarray | None = None
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
             self._pixels, self.size = image, (image.shape[1], image.shape[0])
+            self._source = None
             return
         self._source, self._name = image, "the image"
         if isinstance(image, (str, os.PathLike)):
-            self._source, self._name = _read(os.fspath(image), root), f"image {os.fspath(image)!r}"
+            path, confined = os.fspath(image), not isinstance(image, AnyPath)
+            if root is None:
+                raise BadRecord("unsafe_path", f"image {path[:200]!r} is a path, and no images folder is known")
+            self._source, self._name = read_file(path, root, confined), f"image {path!r}"
         elif not isinstance(image, (bytes, bytearray, memoryview, Image.Image)):
             raise BadRecord("malformed", f"an image is a {type(image).__name__}; give a path, bytes or a PIL image")
         self._image = _open(self._source, self._name)
@@ -213,30 +217,22 @@ class Picture:
         """uint8 [H, W, 3]. Raises BadRecord("broken_image")."""
         return _decode(self._image, self._source, self._name) if self._pixels is None else self._pixels
 
+    @property
+    def encoded(self) -> bytes | None:
+        """The file as it is; None for an image that is none."""
+        return bytes(self._source) if isinstance(self._source, (bytes, bytearray, memoryview)) else None
 
-def _read(path: str, root: str | os.PathLike | None) -> bytes:
-    if root is None:
-        raise BadRecord("unsafe_path", f"image {path!r} is a path, and no images folder is known")
-    if "://" in path or path.startswith("data:"):
-        raise BadRecord("unsafe_path", f"image {path[:200]!r} is a URL; download it into the images folder")
-    if os.path.isabs(path) or ".." in path.replace("\\", "/").split("/") or "\0" in path:
-        raise BadRecord("unsafe_path", f"image {path!r} is not a plain path relative to the images folder")
-    base = os.path.realpath(root)
-    full = os.path.realpath(os.path.join(base, path))
-    if os.path.commonpath([base, full]) != base:
-        raise BadRecord("unsafe_path", f"image {path!r} is a link that leads out of the images folder {base}")
-    try:
-        status = os.stat(full)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadRecord("missing_image", f"image {path!r} in {base} is not a file")
-        if status.st_size > MAX_BYTES:
-            raise BadRecord("image_too_large", f"image {path!r} has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
-        with open(full, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise BadRecord("missing_image", f"image {path!r} is not in {base}") from None
-    except OSError as error:
-        raise BadRecord("missing_image", f"image {path!r} in {base} cannot be read: {error.strerror}") from None
+    @property
+    def orientation(self) -> int:
+        """How the file asks to be turned or mirrored: EXIF's orientation, 2 to 8; 1 as it is stored. `pixels()` does
+        not turn it."""
+        if self._pixels is not None:
+            return 1
+        try:
+            value = self._image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # as in `_open`; damaged notes about an image do not make it a broken one
+            return 1
+        return value if value in range(2, 9) else 1
 
 
 def _open(source: Any, name: str) -> Image.Image:
@@ -251,6 +247,8 @@ def _open(source: Any, name: str) -> Image.Image:
         raise BadRecord("broken_image", f"{name} cannot be opened: {error}") from None
     if width * height > MAX_PIXELS:
         raise BadRecord("image_too_large", f"{name} has {width} x {height} pixels; {MAX_PIXELS:,} are allowed")
+    if image.info.get("progressive") and image is not source and bytes(source).count(b"\xff\xda") > MAX_SCANS:
+        raise BadRecord("broken_image", f"{name} has more than {MAX_SCANS} scans; save it anew")
     return image
 
 

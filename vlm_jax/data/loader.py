@@ -1,8 +1,9 @@
 """Batches of a run: the same global batch at the same step on any number of processes, workers and restarts.
 
 Slot r of a step is row (r // R, r % R) of its [A, R] rows (A micro-batches, R rows each over all processes); process h
-of H owns the rows h·R/H : (h + 1)·R/H of every micro-batch. A batch belongs to the smallest bucket that holds the rows
-of *all* processes, so these agree on it, one step ahead, with a gather of a few numbers.
+of H owns the rows h·R/H : (h + 1)·R/H of every micro-batch. A slot holds one record, or several with packing. A batch
+belongs to the smallest bucket that holds the rows of *all* processes, so these agree on it, one step ahead, with a
+gather of a few numbers.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from jax.sharding import PartitionSpec as P
 from vlm_jax.data.bad_records import KINDS, BadRecordList
 from vlm_jax.data.conversation import check_placement
 from vlm_jax.data.images import ImageSettings
+from vlm_jax.data.index import Index, build_index
 from vlm_jax.data.order import Order
-from vlm_jax.data.reading import FusionEncoder, Reader, Sample, read
+from vlm_jax.data.packing import PackedOrder, Packing
+from vlm_jax.data.reading import FusionEncoder, Reader, Sample, Slot, read
 from vlm_jax.data.rows import Row, collate, fusion_fields
 from vlm_jax.data.sources import SourceSpec, open_source
 from vlm_jax.data.templates import get_template
@@ -45,7 +48,7 @@ class HostBatch:
     step: counted from 0 at the start of the order.
     bucket: (T, K), the same on all processes.
     samples: usable samples; tokens: T times rows; real_tokens: those that are no padding. All three of all processes.
-    delivered: what became of this process's slots, in their order; empty slots are left out.
+    delivered: what became of the records in this process's slots, in their order.
     bad: records so far with which something is wrong, by kind, of all processes.
     """
 
@@ -68,9 +71,12 @@ class Loader:
     sources: files of records, or one path.
     tokenizer, template, images, image_placement, compat_drop_mismatch: what makes a row (`FusionEncoder`).
     samples: of a step, over all processes.
-    micro_batches, rows: A and R, with A·R at least `samples`; default one micro-batch of just so many rows. What is
-      left over is rows of padding.
-    lengths, tiles: the buckets' T and K, every T with every K.
+    micro_batches, rows, shards: A and R, with A·R at least the slots of a step: `samples`, or with packing what holds
+      so many on average. Default one micro-batch; R is the least, a multiple of `shards`. What is left over is rows of
+      padding.
+    lengths, tiles: the buckets' T and K, every T with every K; with packing the largest of each.
+    packing, index: how rows are packed, and the sizes of all records; default as padded, measured or from `index_cache`
+      (a folder; None keeps none).
     shuffle: each epoch anew; without, the order of the files.
     steps: the last step (exclusive), or `epochs` of them (rounded up); default one epoch.
     workers: processes that read, per process; 0 reads in threads.
@@ -94,8 +100,12 @@ class Loader:
         samples: int,
         lengths: Sequence[int],
         tiles: Sequence[int] = (1,),
-        micro_batches: int = 1,
+        micro_batches: int | None = None,
         rows: int | None = None,
+        shards: int = 1,
+        packing: Packing | None = None,
+        index: Index | None = None,
+        index_cache: str | os.PathLike | None = None,
         seed: int = 0,
         shuffle: bool = True,
         epochs: float | None = None,
@@ -123,31 +133,62 @@ class Loader:
             )
         self.process_index = jax.process_index() if process_index is None else process_index
         self.process_count = jax.process_count() if process_count is None else process_count
-        self.micro_batches = micro_batches
-        self.rows = -(-samples // micro_batches) if rows is None else rows
-        if self.micro_batches * self.rows < samples:
-            raise UsageError(f"{micro_batches} micro-batches of {self.rows} rows cannot hold {samples} samples")
+        self._agree = agree or gather_processes
+        self.sources = tuple(open_source(spec.path, spec.images, confined=spec.confined) for spec in specs)
+        longest, most_tiles = self.lengths[-1], self.tiles[-1]
+        self.encode = FusionEncoder(
+            tokenizer, template, images, longest, most_tiles, image_placement, compat_drop_mismatch
+        )
+        counts, weights = tuple(len(source) for source in self.sources), tuple(float(spec.weight) for spec in specs)
+        self.index: Index | None = None
+        self.order = Order(counts, weights, samples, seed, shuffle)
+        if packing is not None and packing.fit is not None:
+            self.lengths, self.tiles, budget = (longest,), (most_tiles,), (longest, most_tiles)
+            self.index = index or build_index(
+                self.sources,
+                self.encode,
+                workers=workers,
+                cache=index_cache,
+                process_index=self.process_index,
+                process_count=self.process_count,
+                agree=self._agree,
+            )
+            sized = self.index.tokens, self.index.tiles
+            packed: dict[str, Any] = {"tokens": sized[0], "tiles": sized[1], "budget": budget, "packing": packing}
+            self.order = PackedOrder(counts, weights, samples, seed, shuffle, **packed)
+            self._check_index(self.index, max_bad_fraction)
+        self.micro_batches, self.rows = _grid(self.order.slots, micro_batches, rows, shards)
         if self.rows % self.process_count:
             raise UsageError(
                 f"{self.rows} rows of a micro-batch do not divide among {self.process_count} processes; "
                 "change batch.samples or batch.per_device"
             )
-        self.sources = tuple(open_source(spec.path, spec.images) for spec in specs)
-        counts, weights = (len(source) for source in self.sources), (float(spec.weight) for spec in specs)
-        self.order = Order(tuple(counts), tuple(weights), samples, seed, shuffle)
-        self.num_samples, self.steps_per_epoch = self.order.num_samples, self.order.steps_per_epoch
-        self.steps = steps if steps is not None else int(np.ceil(self.steps_per_epoch * (epochs or 1.0)))
+        self.num_samples = self.order.num_samples
+        self.steps = steps if steps is not None else self.order.steps(epochs or 1.0)
+        self.order.seen(self.steps)  # the epochs up to there are laid out, once and for all workers
         self.start_step = start_step
-        longest, most_tiles = self.lengths[-1], self.tiles[-1]
-        self.encode = FusionEncoder(
-            tokenizer, template, images, longest, most_tiles, image_placement, compat_drop_mismatch
-        )
         self._budgets = {"H": images.size, "W": images.size, "P": images.features_per_tile}
         self._fields = fusion_fields(images)
         self._workers = workers
         self._max_bad_fraction = max_bad_fraction
         self._bad_records, self._stage = bad_records, stage
-        self._agree = agree or gather_processes
+
+    def _check_index(self, index: Index, max_bad_fraction: float) -> None:
+        """What the first pass over a packed set would find is told before the first step."""
+        count = sum(self.order.counts)
+        if len(index) != count:
+            raise UsageError(f"the sources have {count:,} records, but {len(index):,} were measured; start a new run")
+        bad = index.bad(self.lengths[-1], self.tiles[-1])
+        BadRecordList(None, 0).check(bad, count, count, max_bad_fraction)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to tell before the first step: how full the rows are, and what is left empty."""
+        if not isinstance(self.order, PackedOrder):
+            return ()
+        spare = self.micro_batches * self.rows - self.order.slots
+        empty = f"{spare} more rows of each step are empty; a larger batch.samples would fill them"
+        return (self.order.describe(), *([empty] if spare else []))
 
     def __iter__(self) -> Generator[HostBatch]:
         listed = BadRecordList(self._bad_records, self.start_step, self.process_index, self.process_count, self._stage)
@@ -172,37 +213,36 @@ class Loader:
             steps = in_background(steps, AHEAD)
         waiting = None
         with contextlib.closing(steps):
-            for elements in steps:
+            for slots in steps:
                 # The gather for the next step is started before this one is delivered, and looked at after, so that
                 # the devices never wait for it.
-                samples = [element["sample"] for element in elements if element["sample"]]
-                bad.update(sample.kind for sample in samples if sample.kind)
-                needs = _needs([element["row"] for element in elements], bad)
+                bad.update(sample.kind for slot in slots for sample in slot.samples if sample.kind)
+                needs = _needs(slots, bad)
                 gathered = needs[None] if self.process_count == 1 else self._agree(needs)
                 if waiting is not None:
                     yield self._batch(*waiting)
-                waiting = elements, gathered, waiting[2] + 1 if waiting else self.start_step
+                waiting = slots, gathered, waiting[2] + 1 if waiting else self.start_step
             if waiting is not None:
                 yield self._batch(*waiting)
 
-    def _steps(self) -> Generator[list[dict[str, Any]]]:
-        """The elements of this process, a step at a time."""
+    def _steps(self) -> Generator[list[Slot]]:
+        """The slots of this process, a step at a time."""
         local = self.rows // self.process_count
         grid = np.arange(self.micro_batches * self.rows).reshape(self.micro_batches, self.process_count, local)
-        slots = grid[:, self.process_index].reshape(-1)
-        reader = Reader(self.order, self.sources, self.encode, slots)
-        first, last = self.start_step * len(slots), self.steps * len(slots)
-        with contextlib.closing(read(reader, first, last, self._workers, ahead=len(slots))) as elements:
-            while step := list(itertools.islice(elements, len(slots))):
+        numbers = grid[:, self.process_index].reshape(-1)
+        reader = Reader(self.order, self.sources, self.encode, self._fields, numbers)
+        first, last = self.start_step * len(numbers), self.steps * len(numbers)
+        with contextlib.closing(read(reader, first, last, self._workers, ahead=len(numbers))) as slots:
+            while step := list(itertools.islice(slots, len(numbers))):
                 yield step
 
-    def _batch(self, elements: list[dict[str, Any]], gathered: Any, step: int) -> HostBatch:
+    def _batch(self, slots: list[Slot], gathered: Any, step: int) -> HostBatch:
         gathered = np.asarray(gathered)
         longest, most_tiles = gathered[:, :2].max(0).tolist()
         samples, real_tokens, *bad = gathered[:, 2:].sum(0).tolist()
         bucket = _smallest(self.lengths, longest), _smallest(self.tiles, most_tiles)
         budgets = self._budgets | {"T": bucket[0], "K": bucket[1]}
-        arrays = collate([element["row"] or None for element in elements], self._fields, budgets)
+        arrays = collate([slot.row or None for slot in slots], self._fields, budgets)
         return HostBatch(
             arrays={name: array.reshape(self.micro_batches, -1, *array.shape[1:]) for name, array in arrays.items()},
             step=step,
@@ -210,16 +250,26 @@ class Loader:
             samples=samples,
             tokens=bucket[0] * self.micro_batches * self.rows,
             real_tokens=real_tokens,
-            delivered=tuple(element["sample"] for element in elements if element["sample"]),
+            delivered=tuple(sample for slot in slots for sample in slot.samples),
             bad=dict(zip(KINDS, bad, strict=True)),
         )
 
 
-def _needs(rows: Sequence[Row], bad: Mapping[str, int]) -> np.ndarray:
+def _grid(slots: int, micro_batches: int | None, rows: int | None, shards: int) -> tuple[int, int]:
+    """A and R."""
+    if rows is None:
+        rows = -(-slots // ((micro_batches or 1) * shards)) * shards
+    count = -(-slots // rows) if micro_batches is None else micro_batches
+    if count * rows < slots:
+        raise UsageError(f"{count} micro-batches of {rows} rows cannot hold {slots} samples")
+    return count, rows
+
+
+def _needs(slots: Sequence[Slot], bad: Mapping[str, int]) -> np.ndarray:
     """What the processes tell each other: longest row, most tiles, samples, tokens, bad records of each kind."""
-    lengths = [len(row["tokens"]) for row in rows if row]
-    tiles = [len(row["tile_image"]) for row in rows if row]
-    numbers = [max(lengths, default=0), max(tiles, default=0), len(lengths), sum(lengths)]
+    lengths = [len(slot.row["tokens"]) for slot in slots if slot.row]
+    tiles = [len(slot.row["tile_image"]) for slot in slots if slot.row]
+    numbers = [max(lengths, default=0), max(tiles, default=0), sum(slot.used for slot in slots), sum(lengths)]
     return np.array([*numbers, *(bad[kind] for kind in KINDS)], np.int32)
 
 

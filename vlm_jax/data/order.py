@@ -1,4 +1,4 @@
-"""The order of a run: which record stands in which slot of which step, as a pure function of the settings.
+"""The order of a run: which records stand in which row of which step, as a pure function of the settings.
 
 There is no state but the number of the step, and the order knows nothing of processes, workers or devices; so a run
 goes on exactly, on any number of hosts.
@@ -6,20 +6,35 @@ goes on exactly, on any number of hosts.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from vlm_jax.errors import UsageError
 
 
-@dataclasses.dataclass(frozen=True)
+class Place(NamedTuple):
+    """A record in a row: the number of its source, its number in there, and the tokens and tiles that the row keeps
+    for it (None: all that a row may hold)."""
+
+    source: int
+    record: int
+    room: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(eq=False)
 class Order:
     """Mixes sources, shuffles each epoch, and cuts it into steps; the last step of an epoch may have empty slots.
 
+    Here a row is one record; `data/packing.py: PackedOrder` has rows of several.
+
     counts, weights: records of each source, and how often each is seen per epoch.
-    samples: slots of a step.
+    samples: of a step.
     """
 
     counts: tuple[int, ...]
@@ -27,6 +42,7 @@ class Order:
     samples: int
     seed: int
     shuffle: bool = True
+    _ends: list[int] = dataclasses.field(default_factory=list, init=False, repr=False)  # of epochs, in steps
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -46,25 +62,68 @@ class Order:
         return sum(_size(count, weight) for count, weight in zip(self.counts, self.weights, strict=True))
 
     @property
-    def steps_per_epoch(self) -> int:
-        return -(-self.num_samples // self.samples)
+    def slots(self) -> int:
+        """Rows of a step."""
+        return self.samples
+
+    def rows(self, epoch: int) -> int:
+        """Rows of an epoch."""
+        return self.num_samples
+
+    def row(self, epoch: int, number: int) -> Sequence[int]:
+        """The records of a row, numbered through all sources."""
+        return self.records(epoch)[number : number + 1].tolist()
+
+    def room(self, record: int) -> tuple[int, int] | None:
+        """What a row keeps for this record."""
+        return None
+
+    def seen_in(self, epoch: int, rows: int) -> int:
+        """Samples in the first `rows` rows of an epoch, or in all of it if it has fewer."""
+        return min(rows, self.num_samples)
+
+    def records(self, epoch: int) -> np.ndarray:
+        """All records of an epoch in their order, numbered through all sources: int64 [num_samples]."""
+        return _epoch(self.counts, self.weights, self.seed, epoch, self.shuffle)
+
+    def steps(self, epochs: float) -> int:
+        """Steps of so many epochs; each epoch begins with a step of its own."""
+        whole = int(epochs)
+        rest = epochs - whole
+        before = self._end(whole - 1) if whole else 0
+        return before + (math.ceil(rest * (self._end(whole) - before)) if rest else 0)
 
     def seen(self, steps: int) -> int:
-        """Samples in the first `steps` steps."""
-        epochs, rest = divmod(steps, self.steps_per_epoch)
-        return epochs * self.num_samples + min(rest * self.samples, self.num_samples)
+        """Samples in the first `steps` steps, those among them that cannot be used."""
+        epoch, within = self._locate(steps)
+        return epoch * self.num_samples + (self.seen_in(epoch, within * self.slots) if within else 0)
 
-    def at(self, step: int, slot: int) -> tuple[int, int] | None:
-        """(number of the source, number of the record in it), or None where an epoch's last step has no more."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        place = within * self.samples + slot
-        if slot >= self.samples or place >= self.num_samples:
-            return None
-        number = int(_epoch(self.counts, self.weights, self.seed, epoch, self.shuffle)[place])
+    def at(self, step: int, slot: int) -> tuple[Place, ...]:
+        """The records of a row of a step; none where an epoch's last step has no more rows."""
+        epoch, within = self._locate(step)
+        number = within * self.slots + slot
+        if slot >= self.slots or number >= self.rows(epoch):
+            return ()
+        return tuple(Place(*self._find(record), self.room(record)) for record in self.row(epoch, number))
+
+    def _locate(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and the step within it."""
+        while not self._ends or self._ends[-1] < step:
+            self._end(len(self._ends))
+        epoch = bisect.bisect_right(self._ends, step)
+        return epoch, step - (self._ends[epoch - 1] if epoch else 0)
+
+    def _end(self, epoch: int) -> int:
+        while len(self._ends) <= epoch:
+            before = self._ends[-1] if self._ends else 0
+            self._ends.append(before - (-self.rows(len(self._ends)) // self.slots))
+        return self._ends[epoch]
+
+    def _find(self, record: int) -> tuple[int, int]:
         for source, count in enumerate(self.counts):
-            if number < count:
-                return source, number
-            number -= count
+            if record < count:
+                return source, record
+            record -= count
         raise AssertionError("a number beyond the last source")
 
 

@@ -1,6 +1,6 @@
-"""From a number to a row: reads, tokenises and decodes one sample, in threads and worker processes of Grain.
+"""From a number to a row: reads, tokenises and decodes its samples, in threads and worker processes of Grain.
 
-The element of a sample is a pure function of its global step and slot. What is wrong with a record is handled here,
+The element of a row is a pure function of its global step and slot. What is wrong with a record is handled here,
 inside the map, and travels as an element: an exception that crosses Grain's iterator ends the run.
 """
 
@@ -12,29 +12,31 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
 from absl import flags
 
+from vlm_jax.data.anyres import Layout
 from vlm_jax.data.conversation import UNTRAINED, begin_with_user, encode_conversation
 from vlm_jax.data.images import ImageSettings, Picture, layout, process
-from vlm_jax.data.order import Order
+from vlm_jax.data.order import Order, Place
 from vlm_jax.data.records import BadRecord, Record
-from vlm_jax.data.rows import Row, expanded_length, fusion_row
+from vlm_jax.data.rows import Field, Row, expanded_length, fusion_row, join
 from vlm_jax.data.sources import Source
 from vlm_jax.errors import UsageError
 
+Element = TypeVar("Element")
 THREADS = 4  # of the trainer's process, without workers; each worker has two
 SMALL_ARRAY = 1 << 16  # bytes; larger arrays come from a worker through shared memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What became of one slot. `kind` and `message` say what is wrong with it, both empty if nothing is; of the kind
-    "assistant_first" the rest is used all the same."""
+    """What became of one record in a slot. `kind` and `message` say what is wrong with it, both empty if nothing is; of
+    the kind "assistant_first" the rest is used all the same."""
 
     slot: int
     source: int
@@ -42,6 +44,34 @@ class Sample:
     id: str
     kind: str = ""
     message: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A record before its images are decoded.
+
+    ids, labels: int32 [L], an image is one position. pictures, layouts: of each image. settings: as many images share.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    pictures: tuple[Picture, ...]
+    layouts: tuple[Layout, ...]
+    settings: ImageSettings
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the token row, the visual ones among them."""
+        return expanded_length(self.ids, self.layouts)
+
+    @property
+    def tiles(self) -> int:
+        return sum(one.tiles for one in self.layouts)
+
+    @property
+    def trained(self) -> int:
+        """Positions that have a label once they are shifted: the first token of a row is nobody's target."""
+        return int((self.labels[1:] != UNTRAINED).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +90,10 @@ class FusionEncoder:
     image_placement: str = "first"
     compat_drop_mismatch: bool = False
 
-    def __call__(self, record: Record, folder: str | os.PathLike, seed: tuple[int, ...] = (0,)) -> Row:
-        """Raises BadRecord. The images are decoded last, since that takes the time; their headers tell the length.
+    def measure(self, record: Record, folder: str | os.PathLike, seed: Sequence[int] = (0,)) -> Measured:
+        """What the text and the headers of the images tell; no image is decoded, and no limit applies.
 
-        seed: of random placement.
+        seed: of random placement. Raises BadRecord.
         """
         encode = functools.partial(
             encode_conversation,
@@ -80,52 +110,87 @@ class FusionEncoder:
         if self.compat_drop_mismatch and (encode(compat_drop_mismatch=True)["labels"] == UNTRAINED).all():
             raise BadRecord("mismatch", f"LLaVA does not count {len(ids)} tokens as we do, and drops it")
         settings = self.images.of(len(record.images))
-        pictures = [Picture(image, folder) for image in record.images]
-        layouts = [layout(picture.size, settings) for picture in pictures]
-        tiles, length = sum(one.tiles for one in layouts), expanded_length(ids, layouts)
-        if length > self.longest or tiles > self.most_tiles:
+        pictures = tuple(Picture(image, folder) for image in record.images)
+        layouts = tuple(layout(picture.size, settings) for picture in pictures)
+        return Measured(ids, labels, pictures, layouts, settings)
+
+    def __call__(self, record: Record, folder: str | os.PathLike, seed: Sequence[int] = (0,)) -> Row:
+        """Raises BadRecord. The images are decoded last, since that takes the time.
+
+        seed: of random placement.
+        """
+        one = self.measure(record, folder, seed)
+        if one.tokens > self.longest or one.tiles > self.most_tiles:
             raise BadRecord(
                 "too_long",
-                f"it has {length} tokens and {tiles} tiles; the largest bucket holds {self.longest} and "
+                f"it has {one.tokens} tokens and {one.tiles} tiles; the largest bucket holds {self.longest} and "
                 f"{self.most_tiles}",
             )
-        pixels = [process(picture.pixels(), settings) for picture in pictures]
-        return fusion_row(ids, labels, pixels, layouts, self.images)
+        pixels = [process(picture.pixels(), one.settings) for picture in one.pictures]
+        return fusion_row(one.ids, one.labels, pixels, one.layouts, self.images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A row of a batch, and what became of its records. `used` of the samples are in the row, in their order; the row
+    has no fields if none is."""
+
+    samples: tuple[Sample, ...]
+    row: Row
+    used: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """The element number n of one process: slot `slots[n % len(slots)]` of step `n // len(slots)`.
+    """The slot number n of one process: slot `slots[n % len(slots)]` of step `n // len(slots)`.
 
     encode: (record, folder of its images, seed) -> row. The seed is the order's and the record's place in the run.
+    fields: of the rows.
     """
 
     order: Order
     sources: tuple[Source, ...]
     encode: Callable[[Record, str | os.PathLike, tuple[int, ...]], Row]
+    fields: Mapping[str, Field]
     slots: np.ndarray
 
-    def __call__(self, number: int) -> dict[str, Any]:
+    def __call__(self, number: int) -> Slot:
         step, local = divmod(number, len(self.slots))
         slot = int(self.slots[local])
-        place = self.order.at(step, slot)
-        if place is None:
-            return {"sample": None, "row": {}}
-        source, index = place
-        sample = Sample(slot, source, index, f"{self.sources[source].path.stem}-{index}")
+        samples, rows = [], []
+        for place_in_row, place in enumerate(self.order.at(step, slot)):
+            sample, row = self._sample(slot, place, (self.order.seed, step, slot, place_in_row))
+            samples.append(sample)
+            rows += [row] if row else []
+        return Slot(tuple(samples), join(rows, self.fields), len(rows))
+
+    def _sample(self, slot: int, place: Place, seed: tuple[int, ...]) -> tuple[Sample, Row]:
+        source = self.sources[place.source]
+        sample = Sample(slot, place.source, place.record, f"{source.path.stem}-{place.record}")
         try:
-            record, left_out = begin_with_user(self.sources[source][index])
+            record, left_out = begin_with_user(source[place.record])
             sample = dataclasses.replace(sample, id=record.id)
-            row = self.encode(record, self.sources[source].images, (self.order.seed, step, slot))
+            row = self.encode(record, source.images, seed)
+            if place.room is not None:
+                _check_room(row, *place.room)
             if left_out:
                 sample = dataclasses.replace(sample, kind="assistant_first", message=left_out)
-            return {"sample": sample, "row": row}
+            return sample, row
         except BadRecord as error:
-            return {"sample": dataclasses.replace(sample, kind=error.kind, message=str(error)), "row": {}}
+            return dataclasses.replace(sample, kind=error.kind, message=str(error)), {}
 
 
-def read(reader: Reader, first: int, last: int, workers: int, ahead: int) -> Generator[dict[str, Any]]:
-    """The elements `first : last` in order, read about `ahead` of them in advance; to be closed after use.
+def _check_room(row: Row, tokens: int, tiles: int) -> None:
+    """A record that has outgrown its place would push its neighbours out of the row."""
+    needed = len(row["tokens"]), len(row["tile_image"])
+    if needed[0] > tokens or needed[1] > tiles:
+        raise BadRecord(
+            "changed", f"it has {needed[0]} tokens and {needed[1]} tiles, but {tokens} and {tiles} when it was measured"
+        )
+
+
+def read(reader: Callable[[int], Element], first: int, last: int, workers: int, ahead: int) -> Generator[Element]:
+    """`reader` of the numbers `first : last` in order, about `ahead` of them in advance; to be closed after use.
 
     workers: processes that read; 0 reads in threads of this one. The elements do not depend on it.
     """

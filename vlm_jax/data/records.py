@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +15,12 @@ from vlm_jax.errors import UsageError
 BAD_KINDS: dict[str, str] = {
     "missing_image": "check the images folder (--config.data.images)",
     "broken_image": "replace the files or remove the records",
-    "unsafe_path": "give image paths relative to the images folder, without '..', links out of it or URLs",
+    "unsafe_path": "give paths relative to the images folder, without '..', links out of it or URLs",
     "image_too_large": "scale the images down",
     "malformed": "correct the records",
     "no_trainable_token": "give each record an answer",
     "too_long": "raise --config.buckets.lengths or --config.buckets.tiles, or shorten the records",
+    "changed": "they have grown since they were measured for packing: remove ~/.cache/vlm_jax/index and begin anew",
     "mismatch": "LLaVA drops them; set compat_drop_mismatch=False in the stage to train on them",
     "assistant_first": "their first message is the assistant's; it is left out, the rest is trained on",
 }
@@ -43,15 +45,30 @@ class Image:
     index: int
 
 
+@dataclasses.dataclass(frozen=True)
+class AnyPath(os.PathLike[str]):
+    """The path of an image that the user allows to lie outside of the images folder: absolute, or relative to it."""
+
+    path: str
+
+    def __fspath__(self) -> str:
+        return self.path
+
+
 Part = str | Image
 
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """What one side says: texts and images in their order."""
+    """What one side says: texts and images in their order.
+
+    role: "user", "assistant", "system"; or "document", the only message of an interleaved document.
+    train: whether an answer is trained; True for what others say, which never is.
+    """
 
     role: str
     content: tuple[Part, ...]
+    train: bool = True
 
     @property
     def text(self) -> str:
@@ -63,8 +80,8 @@ class Message:
 class Record:
     """One sample of any source, before anything is read or tokenised.
 
-    images: paths relative to the source's images folder, or images in memory (encoded bytes, PIL images). Each stands
-      exactly once in `messages`, in this order.
+    images: paths relative to the source's images folder, `AnyPath`s, or images in memory (encoded bytes, pixels, PIL
+      images). Each stands exactly once in `messages`, in this order.
     texts, regions: what dual encoders (C texts of the same images) and single streams (given region features
       [K, F]) train on; empty for conversations. An interleaved document is one message with many parts.
     extra: the source's other keys, for evaluation and inspection.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from vlm_jax.data.conversation import IMAGE_ID, UNTRAINED
 from vlm_jax.data.images import ImageSettings
 
 Row = dict[str, np.ndarray]
+LARGEST = np.iinfo(np.int32).max  # NEWLINE is this number, and stays it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +29,16 @@ class Field:
       region, H and W pixels, P features per tile, a product of them as in "K*P", or a number.
     pad: what stands beyond the row's own size.
     most: a budget; greater values become it. So a row can hold a number that only its batch decides.
+    counts: what the values are numbers of, where samples that share a row must not share numbers: "segments", "images",
+      or the axis whose places they name. first: the lowest of these numbers; what is below it is a mark and stays.
     """
 
     dtype: type[np.generic]
     axes: tuple[str | int, ...]
     pad: int = 0
     most: str | None = None
+    counts: str | None = None
+    first: int = 0
 
     def shape(self, budgets: Mapping[str, int]) -> tuple[int, ...]:
         """The sizes of the axes under these budgets."""
@@ -46,12 +52,12 @@ def _size(axis: str, budgets: Mapping[str, int]) -> int:
 TEXT = {
     "tokens": Field(np.int32, ("T",)),
     "positions": Field(np.int32, ("T",)),
-    "segment_ids": Field(np.int32, ("T",)),
+    "segment_ids": Field(np.int32, ("T",), counts="segments", first=1),
     "labels": Field(np.int32, ("T",), UNTRAINED),
 }
 TILES = {
     "tiles": Field(np.uint8, ("K", "H", "W", 3)),
-    "tile_image": Field(np.int32, ("K",)),
+    "tile_image": Field(np.int32, ("K",), counts="images"),
 }
 
 
@@ -59,8 +65,8 @@ def _placement(tokens: str, *, four: bool = False) -> dict[str, Field]:
     """Which feature, or which `four` with their weights, each position shows, and the inverse of that."""
     several: tuple[int, ...] = (4,) if four else ()
     fields = {
-        "visual_index": Field(np.int32, (tokens, *several), -1, most="K*P"),
-        "visual_inverse": Field(np.int32, ("K*P", *several), -1),
+        "visual_index": Field(np.int32, (tokens, *several), -1, most="K*P", counts="K*P"),
+        "visual_inverse": Field(np.int32, ("K*P", *several), -1, counts=tokens),
     }
     if four:
         fields["visual_weight"] = Field(np.float32, (tokens, 4))
@@ -70,19 +76,18 @@ def _placement(tokens: str, *, four: bool = False) -> dict[str, Field]:
 
 PREFIX_FUSION = TEXT | TILES | _placement("T")
 INTERPOLATED_FUSION = TEXT | TILES | _placement("T", four=True)  # anyres_max_N
-CROSS_ATTENTION = TEXT | TILES | {"media_index": Field(np.int32, ("T",))}
-ENCODER_DECODER = (
-    TEXT | TILES | _placement("S") | {f"encoder_{name}": Field(np.int32, ("S",)) for name in list(TEXT)[:3]}
-)
+CROSS_ATTENTION = TEXT | TILES | {"media_index": Field(np.int32, ("T",), counts="images", first=1)}
+ENCODER = {f"encoder_{name}": dataclasses.replace(TEXT[name], axes=("S",)) for name in list(TEXT)[:3]}
+ENCODER_DECODER = TEXT | TILES | _placement("S") | ENCODER
 DUAL_ENCODER = TILES | {
     "tokens": Field(np.int32, ("C", "T")),
-    "segment_ids": Field(np.int32, ("C", "T")),
+    "segment_ids": Field(np.int32, ("C", "T"), counts="segments", first=1),
 }
 CAPTIONING_DUAL_ENCODER = DUAL_ENCODER | {"labels": Field(np.int32, ("C", "T"), UNTRAINED)}  # CoCa
 SINGLE_STREAM = TEXT | {
     "regions": Field(np.float32, ("K", "F")),
     "boxes": Field(np.float32, ("K", 5)),
-    "region_segment_ids": Field(np.int32, ("K",)),
+    "region_segment_ids": Field(np.int32, ("K",), counts="segments", first=1),
 }
 
 
@@ -106,6 +111,48 @@ def collate(rows: Sequence[Row | None], fields: Mapping[str, Field], budgets: Ma
             target[tuple(slice(size) for size in value.shape)] = value
         batch[name] = array if field.most is None else np.minimum(array, _size(field.most, budgets), dtype=field.dtype)
     return batch
+
+
+def join(rows: Sequence[Row], fields: Mapping[str, Field]) -> Row:
+    """One row of several samples: every field end to end along its first axis, and numbers counted on. Of no samples,
+    an empty row: `{}`.
+
+    The last position of a sample has no label, positions restart with each, and no two share a segment or an image;
+    other axes grow to the largest.
+    """
+    if len(rows) <= 1:
+        return rows[0] if rows else {}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in fields}
+    begun: Counter[str] = Counter()
+    for row in rows:
+        for name, field in fields.items():
+            value = row[name]
+            if field.counts is not None:
+                raised = np.minimum(value.astype(np.int64) + begun[field.counts], LARGEST).astype(field.dtype)
+                value = np.where(value >= field.first, raised, value)
+            parts[name].append(value)
+        begun.update(_extents(row, fields))
+    return {name: _end_to_end(parts[name], field) for name, field in fields.items()}
+
+
+def _extents(row: Row, fields: Mapping[str, Field]) -> dict[str, int]:
+    """How far a row takes each first axis, and how many segments and images it has."""
+    extents = {str(field.axes[0]): len(row[name]) for name, field in fields.items()}
+    numbers: dict[str, int] = {}
+    for name, field in fields.items():
+        if field.counts is not None and field.counts not in extents:
+            count = int(row[name].max(initial=field.first - 1)) + 1 - field.first
+            numbers[field.counts] = max(numbers.get(field.counts, 0), count)
+    return extents | numbers
+
+
+def _end_to_end(parts: Sequence[np.ndarray], field: Field) -> np.ndarray:
+    inner = np.max([part.shape[1:] for part in parts], axis=0).astype(int).tolist()
+    if all(list(part.shape[1:]) == inner for part in parts):
+        return np.concatenate(parts)
+    room = [[(0, 0), *((0, most - size) for size, most in zip(one.shape[1:], inner, strict=True))] for one in parts]
+    padded = [np.pad(part, pad, constant_values=field.pad) for part, pad in zip(parts, room, strict=True)]
+    return np.concatenate(padded)
 
 
 def fusion_fields(settings: ImageSettings) -> Mapping[str, Field]:

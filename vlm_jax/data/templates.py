@@ -225,6 +225,9 @@ CHATML = Template(
     stop=("<|im_end|>", "{eos}"),
 )
 
+# An interleaved document, which is trained as it stands whatever the template of conversations.
+DOCUMENT = Template(user=(), assistant=(Trained("{content}"),), prompt="", end=(Trained("{eos}"),))
+
 TEMPLATES: dict[str, Template] = {
     # LLaVA (llava/conversation.py).
     # Stage 1: the instruction (and a system message) is dropped, the caption follows the image.

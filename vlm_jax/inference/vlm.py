@@ -24,7 +24,7 @@ from vlm_jax.families import LlavaFamily
 from vlm_jax.inference.apply_hf import hf_batch, make_logits, place_inputs
 from vlm_jax.inference.files import open_file
 from vlm_jax.models.binding import Params
-from vlm_jax.models.generation import DecodeState, make_decode, make_prefill
+from vlm_jax.models.generation import DecodeState, for_decode, make_decode, make_prefill
 from vlm_jax.models.sampling import GREEDY, Sampling
 from vlm_jax.sharding import RULES, batch_shards, place
 
@@ -91,7 +91,14 @@ class VLM:
         """The same model with other weights; what is compiled is kept."""
         other = copy.copy(self)
         other.params = params
+        vars(other).pop("_to_decode", None)
         return other
+
+    @functools.cached_property
+    def _to_decode(self) -> Params:
+        with jax.set_mesh(self.mesh):
+            params = for_decode(self.params)
+        return params
 
     def generate(
         self,
@@ -235,7 +242,7 @@ class VLM:
         """At most `limit` more tokens of each row, [B, steps]."""
         with jax.set_mesh(self.mesh):
             state, tokens = self._decode(
-                self.params, state, seeds, limit, steps=steps, stop_ids=one.stop_ids, sampling=sampling
+                self._to_decode, state, seeds, limit, steps=steps, stop_ids=one.stop_ids, sampling=sampling
             )
         return state, np.asarray(tokens)
 

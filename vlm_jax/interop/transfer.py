@@ -36,7 +36,7 @@ from vlm_jax.interop.huggingface import (
     read_json,
     shapes_of,
 )
-from vlm_jax.interop.layout import CONFIG, HF_CONFIG, PARTIAL
+from vlm_jax.interop.layout import CONFIG, HF_CONFIG, MODEL, PARTIAL
 from vlm_jax.interop.llava_artefacts import is_artefact
 from vlm_jax.interop.native import write_model, written_aside
 from vlm_jax.interop.peft import write_adapter
@@ -116,7 +116,7 @@ def export_model(source: str, target: str | os.PathLike[str], *, layout: str = "
         else:
             _side_files(place, layout, config, model, images, found, tokenizer, rows, origin)
         if layout == "hf":
-            _chat_template(place, found, raw)
+            _chat_template(place, found, raw, trained=os.path.isdir(os.path.join(source, MODEL)))
         write_shards(place, named, format="pt", shard_bytes=SHARD, one_file=True)
         if not as_it_came:
             (place / CONFIG).write_text(json.dumps(config, indent=2))
@@ -273,10 +273,11 @@ def _side_files(
         (place / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **told}, indent=2))
 
 
-def _chat_template(place: Path, found: Checkpoint, raw: Json) -> None:
-    """The conversation template of the model as Jinja, where what it came with says another one or nothing."""
+def _chat_template(place: Path, found: Checkpoint, raw: Json, *, trained: bool) -> None:
+    """The conversation template of the model as Jinja, where what it came with says another one or nothing. What was
+    `trained` here says its own: a template from elsewhere that is told to be ours may differ in a system message."""
     name, carried = found.config["template"], read_chat_template(place)
-    if name is None or (carried and name == tell_template(carried, raw, str(found.folder))):
+    if name is None or (carried and not trained and name == tell_template(carried, raw, str(found.folder))):
         return
     text = chat_template(name)
     if text is None:

@@ -29,7 +29,10 @@ class Mask:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values [L, B, S, K, Dh] of the positions written so far; slot s of a row holds its position s."""
+    """Keys and values [L, B, K, S, Dh] of the positions written so far; slot s of a row holds its position s.
+
+    In this order the products of a decoding step read them as they stand.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -97,18 +100,24 @@ class SelfAttention(nnx.Module):
         return self._project_out(out, key), (k, v)
 
     def decode(
-        self, x: jax.Array, cache: Cache, layer: jax.Array, positions: jax.Array, rope: tuple[jax.Array, jax.Array]
+        self,
+        x: jax.Array,
+        cache: Cache,
+        layer: jax.Array | int,
+        positions: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, Cache]:
         """One token per row: `x [B, 1, D]` at `positions [B]` sees what the cache holds up to itself."""
         q, k, v = self.project(x, rope, None)
         cache = Cache(keys=_write(cache.keys, layer, positions, k), values=_write(cache.values, layer, positions, v))
-        slots = jnp.broadcast_to(jnp.arange(cache.keys.shape[2], dtype=jnp.int32), (x.shape[0], cache.keys.shape[2]))
+        size = cache.keys.shape[3]
+        slots = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (x.shape[0], size))
         slots = jax.reshard(slots, P(RULES.batch, None))
         seen = jnp.where(slots <= positions[:, None], 1, 0)
         out = attention(
             q,
-            cache.keys[layer],
-            cache.values[layer],
+            cache.keys[layer].swapaxes(1, 2),
+            cache.values[layer].swapaxes(1, 2),
             causal=True,
             q_segment_ids=jnp.ones_like(positions[:, None]),
             kv_segment_ids=seen,
@@ -131,10 +140,7 @@ class SelfAttention(nnx.Module):
         return self.out(x, child_key(key, "out"))
 
 
-def _write(cache: jax.Array, layer: jax.Array, positions: jax.Array, new: jax.Array) -> jax.Array:
-    """Writes `new [B, 1, K, Dh]` at `[layer, b, positions[b]]` of `cache [L, B, S, K, Dh]`."""
-
-    def row(cache: jax.Array, position: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(cache, new[None], (layer, position, 0, 0))
-
-    return jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(cache, positions, new.astype(cache.dtype))
+def _write(cache: jax.Array, layer: jax.Array | int, positions: jax.Array, new: jax.Array) -> jax.Array:
+    """Writes `new [B, 1, K, Dh]` at `[layer, b, :, positions[b]]` of `cache [L, B, K, S, Dh]`."""
+    rows = jax.reshard(jnp.arange(len(positions)), spec_of(positions))
+    return cache.at[layer, rows, :, positions].set(new[:, 0].astype(cache.dtype), out_sharding=spec_of(cache))

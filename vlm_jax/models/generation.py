@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from vlm_jax.layers.attention import Cache
+from vlm_jax.layers.stack import apart, layers_apart
 from vlm_jax.models.binding import Bound, Params
 from vlm_jax.models.llava import Batch, Llava
 from vlm_jax.models.sampling import Sampling
+from vlm_jax.models.towers.decoder import Caches
 from vlm_jax.sharding import BATCH
 
 
@@ -32,7 +33,7 @@ class DecodeState:
     """`token [B]` is the last of each row and stands at `position [B]`, which the cache does not hold yet; rows with
     `done [B]` have stopped."""
 
-    cache: Cache
+    cache: Caches
     token: jax.Array
     position: jax.Array
     done: jax.Array
@@ -79,8 +80,10 @@ def make_prefill(
         last = jax.vmap(lambda row, i: row.at[i].get(mode="clip"))(hidden, jnp.maximum(lengths - 1, 0))
         logits = model.decoder.logits(last[:, None])[:, 0]
         token = sample(logits, seeds, lengths, sampling)
+        cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, 0), (0, room), (0, 0)]), cache)
+        layers = range(cache.keys.shape[0])
         state = DecodeState(
-            cache=jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]), cache),
+            cache=tuple(jax.tree.map(lambda a, i=i: a[i : i + 1], cache) for i in layers) if apart() else cache,
             token=token,
             position=lengths,
             done=(lengths == 0) | _among(token, stop_ids),
@@ -90,13 +93,19 @@ def make_prefill(
     return prefill
 
 
+def for_decode(params: Params) -> Params:
+    """The parameters as the decoding step reads them fastest; they share their memory with those given."""
+    return layers_apart(params, "decoder/layers/") if apart() else params
+
+
 def make_decode(
     bound: Bound[Llava], *, on_trace: Callable[[], None] = lambda: None
 ) -> Callable[..., tuple[DecodeState, jax.Array]]:
     """`(params, state, seeds, limit, *, steps, stop_ids, sampling) -> (state, tokens int32 [B, steps])`.
 
-    The tokens that follow `state.token`, at most `limit <= steps` of them (another limit needs no compilation), -1
-    after a row's end. The token that stops a row is given. The loop ends early when all rows have stopped.
+    `params` are those of `for_decode`. The tokens that follow `state.token`, at most `limit <= steps` of them (another
+    limit needs no compilation), -1 after a row's end. The token that stops a row is given. The loop ends early when all
+    rows have stopped.
     """
 
     @functools.partial(jax.jit, static_argnames=("steps", "stop_ids", "sampling"), donate_argnums=1)
@@ -112,6 +121,8 @@ def make_decode(
     ) -> tuple[DecodeState, jax.Array]:
         on_trace()
         decoder = bound.bind(params).decoder
+        keys = jax.tree.leaves(state.cache)[0]
+        size, dtype = keys.shape[3], keys.dtype
         tokens = jax.reshard(jnp.full((state.token.shape[0], steps), -1, jnp.int32), P(*BATCH, None))
 
         def going(carry: tuple[Any, ...]) -> jax.Array:
@@ -121,8 +132,8 @@ def make_decode(
         def one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             i, state, tokens = carry
             # A row that is done goes on with the others and may leave its cache.
-            slot = jnp.minimum(state.position, state.cache.keys.shape[2] - 1)
-            logits, cache = decoder.decode(state.token, state.cache, slot)
+            slot = jnp.minimum(state.position, size - 1)
+            logits, cache = decoder.decode(state.token, state.cache, slot, dtype)
             position = state.position + 1
             token = sample(logits, seeds, position, sampling)
             tokens = jax.lax.dynamic_update_slice(tokens, jnp.where(state.done, -1, token)[:, None], (0, i))

@@ -44,7 +44,7 @@ class Loss(Protocol):
 
 
 Weigh = Callable[[Batch], tuple[jax.Array, jax.Array]]
-"""`batch [A, R, ...] -> (weights [A, R], total weight)`."""
+"""`batch [A, R, ...] -> (weights [A, R, ...], total weight)`."""
 
 
 def init_state(

@@ -16,8 +16,10 @@ from vlm_jax.layers.mlp import SwiGLU
 from vlm_jax.layers.norms import RMSNorm
 from vlm_jax.layers.rope import RopeScaling, rope_table
 from vlm_jax.layers.scope import Scope, child_key, normal
-from vlm_jax.layers.stack import scan_layers
+from vlm_jax.layers.stack import each_layer, scan_layers
 from vlm_jax.sharding import RULES
+
+Caches = Cache | tuple[Cache, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,12 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x), child_key(key, "mlp")), kv
 
     def decode(
-        self, x: jax.Array, cache: Cache, layer: jax.Array, positions: jax.Array, rope: tuple[jax.Array, jax.Array]
+        self,
+        x: jax.Array,
+        cache: Cache,
+        layer: jax.Array | int,
+        positions: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, Cache]:
         attended, cache = self.attention.decode(self.attention_norm(x), cache, layer, positions, rope)
         x = x + attended
@@ -109,12 +116,23 @@ class Decoder(nnx.Module):
             return x, kv if keep_kv else None
 
         x, kv = scan_layers(self.layers, x, apply, remat=remat)
-        return self.final_norm(x), Cache(*kv) if keep_kv else None
+        return self.final_norm(x), Cache(*(a.swapaxes(2, 3) for a in kv)) if keep_kv else None
 
-    def decode(self, tokens: jax.Array, cache: Cache, positions: jax.Array) -> tuple[jax.Array, Cache]:
-        """The next token of each row: `tokens [B]` at `positions [B]` -> logits float32 [B, V]."""
-        x = self.embed(tokens[:, None], cache.keys.dtype)
+    def decode(
+        self, tokens: jax.Array, cache: Caches, positions: jax.Array, dtype: jnp.dtype
+    ) -> tuple[jax.Array, Caches]:
+        """The next token of each row: `tokens [B]` at `positions [B]` -> logits float32 [B, V].
+
+        `cache` is one of each layer, with L = 1, where the layers stand apart (`layers_apart`).
+        """
+        x = self.embed(tokens[:, None], dtype)
         rope = self._rope(positions[:, None])
+        if not isinstance(cache, Cache):
+            caches = []
+            for layer, own in zip(each_layer(self.layers), cache, strict=True):
+                x, own = layer.decode(x, own, 0, positions, rope)
+                caches.append(own)
+            return self.logits(self.final_norm(x))[:, 0], tuple(caches)
 
         def apply(layer: Block, carry: tuple[jax.Array, Cache], index: jax.Array, _: None) -> tuple[object, None]:
             x, cache = carry
