@@ -18,9 +18,21 @@ import numpy as np
 import pytest
 from PIL import Image as PIL
 
-from vlm_jax.data import UNTRAINED, BadRecord, Image, Message, Record, encode_conversation, open_source, parse_record
+from vlm_jax.data import (
+    UNTRAINED,
+    BadRecord,
+    Image,
+    ImageSettings,
+    Message,
+    Record,
+    SourceSpec,
+    encode_conversation,
+    open_source,
+    parse_record,
+)
 from vlm_jax.data.formats import FORMATS
 from vlm_jax.data.images import Picture
+from vlm_jax.data.loader import Loader
 from vlm_jax.errors import UsageError
 
 IMAGE = "photos/bus.jpg"
@@ -83,6 +95,27 @@ def test_each_form_gives_the_same_record(page: Path, name: str, monkeypatch: pyt
     assert record == Record("7", EXAMPLES[name], record.images)
     (image,) = record.images
     assert Picture(image, source.images).encoded == (page / IMAGE).read_bytes()
+
+
+def test_every_form_is_trained_on(page: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(page / "prepared"))
+    names = [name if name.startswith("tfds:") else str(page / name) for name in EXAMPLES]
+    loader = Loader(
+        [SourceSpec(name, str(page)) for name in names],
+        tokenizer=tokenizer,
+        template="vicuna_v1",
+        images=ImageSettings(8, 4),
+        samples=len(names),
+        lengths=(64,),
+        shuffle=False,
+    )
+    (batch,) = loader
+    assert batch.samples == len(EXAMPLES) and not any(sample.kind for sample in batch.delivered)
+    tokens, labels = batch.arrays["tokens"][0], batch.arrays["labels"][0]
+    for kind in (CONVERSATION, DOCUMENT):
+        rows = [n for n, messages in enumerate(EXAMPLES.values()) if messages is kind]
+        assert (tokens[rows] == tokens[rows[0]]).all() and (labels[rows] == labels[rows[0]]).all()
+        assert (labels[rows[0]] != UNTRAINED).any()
 
 
 def test_tfds_says_why_a_split_cannot_be_opened(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,8 +95,8 @@ class Hand:
     scale: tuple[float, float]
 
 
-# Training sees an unsteadier hand than the held-out canvases show: from 1,547 scans, this teaches more about others. The
-# captions' is steadier than the conversations', since reading is learnt sooner from it.
+# Training sees an unsteadier hand than the held-out canvases show: from 1,547 scans, this teaches more about others.
+# The captions' is steadier than the conversations', since reading is learnt sooner from it.
 ALIGN_HAND = Hand(rotation=0.15, shear=0.1, scale=(0.87, 1.05))
 TRAIN_HAND = Hand(rotation=0.22, shear=0.14, scale=(0.82, 1.06))
 EVAL_HAND = Hand(rotation=0.12, shear=0.06, scale=(0.92, 1.04))
