@@ -35,7 +35,7 @@ def test_from_photos_and_from_a_tar_to_a_packed_run(
     tmp_path: Path, repository: Path, run_python: Callable[..., Any]
 ) -> None:
     (tmp_path / "configs").symlink_to(repository / "configs")
-    done = run_python(__file__, PAGE, cwd=tmp_path, timeout=600)
+    done = run_python(__file__, PAGE, cwd=tmp_path, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     sides = {
         side: json.loads((tmp_path / f"shards/{side}/shards.json").read_text()) for side in ("train", "validation")
@@ -49,7 +49,7 @@ def test_from_photos_and_from_a_tar_to_a_packed_run(
         lines = [json.loads(line) for line in (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines()]
         logged = [line for line in lines if "real_token_fraction" in line]
         assert logged[-1]["step"] == steps
-        assert logged[-1]["real_token_fraction"] > 0.8, "rows are packed"
+        assert logged[-1]["real_token_fraction"] > 0.7, "rows are packed; with one record each it is 0.12"
     summary = json.loads((tmp_path / "runs/photos/summary.json").read_text())
     assert summary["eval"]["questions"] == 24, summary
 

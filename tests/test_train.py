@@ -496,6 +496,7 @@ def test_eight_devices_go_on_where_one_stopped_with_equal_losses(
         (["--config.images.mode=crop"], ["unknown image mode 'crop'; known: square"]),
         (["--config.dtype=float16"], ["'float16' is not one of float32, bfloat16"]),
         (["--config.remat=half"], ["remat 'half' is not one of none, full"]),
+        (["--config.packing.fit=bestfit"], ["config.packing.fit is 'bestfit' (did you mean 'best_fit'?)"]),
         (["--config.loss_norm=mean"], ["loss_norm 'mean'"]),
         (["--config.loss_norm=rank_mean", "--config.loss_ranks=3"], ["loss_ranks 3 does not divide"]),
         (["--config.optimizer.first_moment=half"], ["first_moment 'half'"]),

@@ -34,25 +34,35 @@ TEXT: dict[str, dict[str, Any]] = {
 }
 
 
-def text_settings(name: str) -> dict[str, Any]:
+def text_settings(name: str, changes: Mapping[str, Any] = types.MappingProxyType({})) -> dict[str, Any]:
     sizes = {"vocab_size": 66, "hidden_size": 40, "intermediate_size": 52, "num_hidden_layers": 2}
-    settings = {**sizes, "num_attention_heads": 4, "max_position_embeddings": 512, **TEXT[name]}
+    settings = {**sizes, "num_attention_heads": 4, "max_position_embeddings": 512, **TEXT[name], **changes}
     theta = settings.pop("theta", 1e4)
     return {**settings, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
 
-def build(kind: str, vision: str, text: str, **more: Any) -> Any:
+def build(
+    kind: str,
+    vision: str,
+    text: str,
+    *,
+    vision_changes: Mapping[str, Any] = types.MappingProxyType({}),
+    text_changes: Mapping[str, Any] = types.MappingProxyType({}),
+    **more: Any,
+) -> Any:
     """A `llava` or `llava_next` with drawn weights, in float32."""
     import transformers
 
     name = {"llava": "Llava", "llava_next": "LlavaNext"}[kind]
-    settings: dict[str, Any] = {"image_token_index": IMAGE_TOKEN, "vision_feature_layer": -2, **more}
+    settings: dict[str, Any] = {"image_token_index": IMAGE_TOKEN, "vision_feature_layer": -2}
     settings["vision_feature_select_strategy"] = "default" if vision == "clip" else "full"
     settings["tie_word_embeddings"] = bool(TEXT[text].get("tie_word_embeddings"))
     if kind == "llava_next":
         settings["image_grid_pinpoints"] = PINPOINTS
     config = getattr(transformers, f"{name}Config")(
-        vision_config=VISION[vision], text_config=text_settings(text), **settings
+        vision_config={**VISION[vision], **vision_changes},
+        text_config=text_settings(text, text_changes),
+        **{**settings, **more},
     )
     config._attn_implementation = "eager"
     return enlarge(getattr(transformers, f"{name}ForConditionalGeneration")(config))
@@ -75,27 +85,34 @@ def enlarge(model: Any, seed: int = 0) -> Any:
     return model.eval()
 
 
-def inputs_of(kind: str, model: Any, seed: int = 0) -> dict[str, np.ndarray]:
-    """Two rows as a processor yields them: one image and, longer, two images of random sizes; padded on the right."""
+def inputs_of(kind: str, model: Any, seed: int = 0, *, images: tuple[int, ...] = (1, 2)) -> dict[str, np.ndarray]:
+    """Rows as a processor yields them, with so many `images` of random sizes and text; padded on the right."""
     random = np.random.default_rng(seed)
-    size, patch = model.config.vision_config.image_size, model.config.vision_config.patch_size
-    sizes = random.integers(5, 60, (3, 2))
+    config = model.config
+    size, patch = config.vision_config.image_size, config.vision_config.patch_size
+    total = sum(images)
+    sizes = random.integers(5, 60, (total, 2))
     if kind == "llava_next":
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-        tiles = [image_size_to_num_patches(one, PINPOINTS, size) for one in sizes]
-        pixels = np.zeros((3, max(tiles), 3, size, size), np.float32)
+        points = config.image_grid_pinpoints
+        tiles = [image_size_to_num_patches(one, points, size) for one in sizes]
+        pixels = np.zeros((total, max(tiles), 3, size, size), np.float32)
         for target, count in zip(pixels, tiles, strict=True):
             target[:count] = random.normal(size=target[:count].shape)
-        counts = [features(one, size // patch) for one in sizes]
+        counts = [features(one, size, patch, points) for one in sizes]
     else:
-        pixels = random.normal(size=(3, 3, size, size)).astype(np.float32)
-        counts = [(size // patch) ** 2] * 3
+        pixels = random.normal(size=(total, 3, size, size)).astype(np.float32)
+        clip = config.vision_config.model_type == "clip_vision_model"
+        counts = [(size // patch) ** 2 + (clip and config.vision_feature_select_strategy == "full")] * total
     text = lambda n: random.integers(0, 60, n).tolist()  # noqa: E731
-    rows = [
-        [*text(3), *[IMAGE_TOKEN] * counts[0], *text(4)],
-        [*text(2), *[IMAGE_TOKEN] * counts[1], *text(2), *[IMAGE_TOKEN] * counts[2], *text(5)],
-    ]
+    left = iter(counts)
+    rows = []
+    for number in images:
+        row = text(4 - number)
+        for _ in range(number):
+            row += [*[IMAGE_TOKEN] * next(left), *text(3)]
+        rows.append([*row, *text(2)])
     length = max(map(len, rows))
     given = {
         "input_ids": np.array([row + [0] * (length - len(row)) for row in rows], np.int64),
@@ -105,15 +122,17 @@ def inputs_of(kind: str, model: Any, seed: int = 0) -> dict[str, np.ndarray]:
     return {**given, "image_sizes": sizes.astype(np.int64)} if kind == "llava_next" else given
 
 
-def features(size: np.ndarray, side: int) -> int:
+def features(shown: np.ndarray, size: int, patch: int, points: list[list[int]]) -> int:
     """Places of an image (height, width), counted by transformers' processor."""
     from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
-    counter = types.SimpleNamespace(patch_size=7, image_processor=types.SimpleNamespace(image_grid_pinpoints=PINPOINTS))
+    counter = types.SimpleNamespace(
+        patch_size=patch, image_processor=types.SimpleNamespace(image_grid_pinpoints=points)
+    )
     counter._get_unpadded_features = types.MethodType(LlavaNextProcessor._get_unpadded_features, counter)
     counter.vision_feature_select_strategy = "full"
     counter.num_additional_image_tokens = 0
-    return int(LlavaNextProcessor._get_number_of_features(counter, *size.tolist(), side * 7, side * 7))
+    return int(LlavaNextProcessor._get_number_of_features(counter, *shown.tolist(), size, size))
 
 
 def torch_inputs(given: Mapping[str, np.ndarray]) -> dict[str, Any]:
