@@ -453,6 +453,39 @@ def test_an_adapter_on_a_base_begins_at_its_weights_and_leaves_them(
     assert "summary.json" in files(tmp_path / "run")
 
 
+def test_a_packed_run_goes_on_with_the_rows_it_began_with(
+    config: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if a record has been mended since, which would be packed elsewhere."""
+    monkeypatch.setenv("VLM_JAX_CACHE", str(tmp_path / "cache"))
+    words = ["--config.packing.fit=best_fit", "--config.steps=4"]
+    unbroken = train(*words, config=f"{config}:adapter", workdir=tmp_path / "unbroken")
+    assert unbroken.status == 0, unbroken.err
+    assert "packed by best_fit: 12 rows of 48 tokens" in unbroken.out and "4 rows a step" in unbroken.out
+    logged = steps(tmp_path / "unbroken", "adapt")
+    assert logged[3]["samples"] == 24 and logged[4]["records/missing_image"] in (1, 2)
+    broken = Path(shutil.copytree(tmp_path / "unbroken", tmp_path / "broken"))
+    (broken / "summary.json").unlink()
+    shutil.rmtree(broken / "checkpoints" / "0-adapt" / "4")
+    lost = data / "shots" / "lost.png"
+    shutil.copy(data / "shots" / "0.png", lost)
+    try:
+        done = train(*words, config=f"{config}:adapter", workdir=broken)
+        anew = train(*words, "--config.steps=1", config=f"{config}:adapter", workdir=tmp_path / "anew")
+    finally:
+        lost.unlink()
+    assert done.status == 0 and "going on from step 2" in done.out, done.err
+    for step in (3, 4):
+        assert steps(broken, "adapt")[step]["loss"] == logged[step]["loss"]
+    assert weights(broken) == weights(tmp_path / "unbroken")
+    assert anew.status == 0 and "records/missing_image" not in steps(tmp_path / "anew", "adapt")[1]
+    # What cannot be told apart is refused.
+    refused(train("--config.steps=4", config=f"{config}:adapter", workdir=broken), "packing.fit")
+    (broken / "index-0-adapt.npz").unlink()
+    (broken / "summary.json").unlink()
+    refused(train(*words, config=f"{config}:adapter", workdir=broken), "index-0-adapt.npz is missing or damaged")
+
+
 def test_eight_devices_go_on_where_one_stopped_with_equal_losses(
     config: str, finished: SimpleNamespace, copied: Path
 ) -> None:
