@@ -41,6 +41,7 @@ def get_config(args: str = "") -> ConfigDict:
     )
     c.tokenizer = "digits:tokenizer"
     c.images.mode = "resize"
+    c.data.threads = 1  # the pictures are tiny
     c.stages = (
         stage("align", train="digits:align", template="plain", samples=32, steps=1400, lr=1e-3, warmup=0.05),
         stage(

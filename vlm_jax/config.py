@@ -29,7 +29,7 @@ from vlm_jax.values import READERS, parse_value
 RESUMABLE = (
     r"(stages\.[^.]+\.)?(steps|epochs)",
     r"(stages\.[^.]+\.)?(log|logging|log_every|quiet|tensorboard|wandb|profile|checkpoint|save|eval)(\..*)?",
-    r"(stages\.[^.]+\.)?data\.(eval|workers)(\..*)?",
+    r"(stages\.[^.]+\.)?data\.(eval|workers|threads)(\..*)?",
     r"(mesh|hosts|workers)(\..*)?",
 )
 

@@ -54,6 +54,7 @@ def stage_loader(
         "epochs": stage.epochs,
         "steps": stage.steps,
         "workers": config.data.workers,
+        "threads": config.data.threads,
         "max_bad_fraction": config.data.max_bad_fraction,
         "stage": stage.name,
     }

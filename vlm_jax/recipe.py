@@ -41,7 +41,8 @@ def experiment(*, seed: int = 42) -> ConfigDict:
                 "eval": None,
                 "images": None,
                 "confined": True,  # images lie in their folder; False: anywhere on this machine, by path or link
-                "workers": 0,
+                "workers": 0,  # processes that read; 0: threads of this one
+                "threads": 4,
                 "max_bad_fraction": 0.01,
             },
             "steps": None,
@@ -199,6 +200,8 @@ LEAST = {
     "steps": 1,
     "batch.samples": 1,
     "batch.per_device": 1,
+    "data.workers": 0,
+    "data.threads": 1,
     "log.every": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,

@@ -30,7 +30,7 @@ from vlm_jax.data.images import ImageSettings
 from vlm_jax.data.index import Index, build_index
 from vlm_jax.data.order import Order
 from vlm_jax.data.packing import PackedOrder, Packing
-from vlm_jax.data.reading import FusionEncoder, Reader, Sample, Slot, read
+from vlm_jax.data.reading import THREADS, FusionEncoder, Reader, Sample, Slot, read
 from vlm_jax.data.rows import Row, collate, fusion_fields
 from vlm_jax.data.sources import SourceSpec, open_source
 from vlm_jax.data.templates import get_template
@@ -79,7 +79,8 @@ class Loader:
       (a folder; None keeps none).
     shuffle: each epoch anew; without, the order of the files.
     steps: the last step (exclusive), or `epochs` of them (rounded up); default one epoch.
-    workers: processes that read, per process; 0 reads in threads.
+    workers: processes that read, per process; 0 reads in `threads`, of which one is best where images are tiny: there
+      reading is mostly Python's work, and threads are in each other's way.
     max_bad_fraction, bad_records, stage: see `BadRecordList`; `bad_records` is its folder, None keeps no list.
     process_index, process_count: default jax's.
     agree: gathers one int32 vector [n] of every process -> [process_count, n]; default over jax's devices.
@@ -112,6 +113,7 @@ class Loader:
         steps: int | None = None,
         start_step: int = 0,
         workers: int = 0,
+        threads: int = THREADS,
         max_bad_fraction: float = 0.01,
         bad_records: str | os.PathLike | None = None,
         stage: str = "",
@@ -169,7 +171,7 @@ class Loader:
         self.start_step = start_step
         self._budgets = {"H": images.size, "W": images.size, "P": images.features_per_tile}
         self._fields = fusion_fields(images)
-        self._workers = workers
+        self._workers, self._threads = workers, threads
         self._max_bad_fraction = max_bad_fraction
         self._bad_records, self._stage = bad_records, stage
 
@@ -232,7 +234,8 @@ class Loader:
         numbers = grid[:, self.process_index].reshape(-1)
         reader = Reader(self.order, self.sources, self.encode, self._fields, numbers)
         first, last = self.start_step * len(numbers), self.steps * len(numbers)
-        with contextlib.closing(read(reader, first, last, self._workers, ahead=len(numbers))) as slots:
+        reading = read(reader, first, last, self._workers, ahead=len(numbers), threads=self._threads)
+        with contextlib.closing(reading) as slots:
             while step := list(itertools.islice(slots, len(numbers))):
                 yield step
 

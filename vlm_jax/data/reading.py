@@ -29,7 +29,7 @@ from vlm_jax.data.sources import Source
 from vlm_jax.errors import UsageError
 
 Element = TypeVar("Element")
-THREADS = 4  # of the trainer's process, without workers; each worker has two
+THREADS = 4  # of the trainer's process, without workers; each worker has at most two
 SMALL_ARRAY = 1 << 16  # bytes; larger arrays come from a worker through shared memory
 
 
@@ -189,15 +189,17 @@ def _check_room(row: Row, tokens: int, tiles: int) -> None:
         )
 
 
-def read(reader: Callable[[int], Element], first: int, last: int, workers: int, ahead: int) -> Generator[Element]:
+def read(
+    reader: Callable[[int], Element], first: int, last: int, workers: int, ahead: int, threads: int = THREADS
+) -> Generator[Element]:
     """`reader` of the numbers `first : last` in order, about `ahead` of them in advance; to be closed after use.
 
-    workers: processes that read; 0 reads in threads of this one. The elements do not depend on it.
+    workers: processes that read; 0 reads in `threads` of this one. The elements do not depend on either.
     """
     if workers < 0:
         raise UsageError(f"data.workers is {workers}; give 0 (threads only) or a number of processes")
     elements = grain.MapDataset.range(first, last).map(reader)
-    threads = 2 if workers else THREADS
+    threads = min(threads, 2) if workers else threads
     share = max(-(-ahead // max(workers, 1)), threads)
     dataset = elements.to_iter_dataset(grain.ReadOptions(threads, share))
     if workers:
