@@ -69,7 +69,8 @@ def execute(repository: Path, name: str, folder: Path, **fills: str) -> dict[str
 
 
 def texts(cell: Any) -> str:
-    parts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs]
+    outputs = [output for output in cell.outputs if output.get("name") != "stderr"]  # warnings of libraries
+    parts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
     return "".join(parts)
 
 

@@ -158,7 +158,14 @@ def test_a_real_terminal_shows_a_prompt_and_a_real_ctrl_c_stops_the_answer(repos
     ours, theirs = pty.openpty()
     environ = {**os.environ, "PYTHONPATH": str(repository), "TERM": "dumb"}
     child = subprocess.Popen(
-        [sys.executable, "-c", SLOW], stdin=theirs, stdout=theirs, stderr=theirs, env=environ, start_new_session=True
+        [sys.executable, "-c", SLOW],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environ,
+        start_new_session=True,
+        # A shell's background job, as these tests may be, and its children ignore it otherwise.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(theirs)
     shown = b""

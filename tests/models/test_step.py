@@ -78,7 +78,7 @@ def test_dropout_is_on_while_training_and_off_while_evaluating(tiny) -> None:
     without = tiny.family("vit", lora={**LORA, "dropout": 0.0})
     params = tiny.params(with_dropout.bound.abstract)
     batch = {name: a[0] for name, a in tiny.batch(rows=3).items()}
-    weights = np.ones(3, np.float32)
+    weights = np.ones_like(batch["labels"], np.float32)
 
     @tiny.jit
     def losses(params, key):
@@ -116,7 +116,7 @@ def test_remat_changes_memory_but_neither_loss_nor_gradients(tiny) -> None:
     """`offload` moves each layer's input to the host, which XLA cannot do on a CPU: there it must lower for a TPU."""
     deep = {"num_layers": 6}
     batch = {name: a[0] for name, a in tiny.batch(rows=3, length=64).items()}
-    weights = np.ones(3, np.float32)
+    weights = np.ones_like(batch["labels"], np.float32)
 
     def gradient(remat: str):
         family = tiny.family("siglip_vit", decoder_changes=deep, remat=remat)
