@@ -6,7 +6,7 @@
 One process, two cores, float32, the same weights (transformers saves them, `vlm_jax.load` opens them) and the same
 batch; the sides take turns, the first one changes from round to round, and a figure is the median over the rounds, a
 ratio the median of the rounds' ratios. A LLaVA of about 100M parameters: CLIP's ViT-S/14 at 336 px (576 image tokens
-a sample) and a Llama of 30 narrow layers, as SmolLM-135M and MobileLLM-125M have.
+a sample) and a Llama of 16 layers, 512 wide.
 
 - train: forward, backward and AdamW (torch's fused one, ours with its state donated), every weight trained; tokens are
   those of the samples. The first losses and the next ones must agree.
@@ -74,11 +74,11 @@ VISION = {
 TEXT = {
     "model_type": "llama",
     "vocab_size": VOCABULARY,
-    "hidden_size": 384,
-    "intermediate_size": 1152,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }

@@ -157,15 +157,10 @@ print("left")
 def test_a_real_terminal_shows_a_prompt_and_a_real_ctrl_c_stops_the_answer(repository: Path) -> None:
     ours, theirs = pty.openpty()
     environ = {**os.environ, "PYTHONPATH": str(repository), "TERM": "dumb"}
+    # A shell's background job, as these tests may be, and its children ignore Ctrl-C otherwise.
+    script = f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{SLOW}"
     child = subprocess.Popen(
-        [sys.executable, "-c", SLOW],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=environ,
-        start_new_session=True,
-        # A shell's background job, as these tests may be, and its children ignore it otherwise.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        [sys.executable, "-c", script], stdin=theirs, stdout=theirs, stderr=theirs, env=environ, start_new_session=True
     )
     os.close(theirs)
     shown = b""
