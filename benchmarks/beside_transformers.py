@@ -185,7 +185,7 @@ class Ours:
         self.state: TrainState = jax.jit(begin)(vlm.params)
         self.batch = {name: jnp.asarray(a) for name, a in arrays.items()}
         one = {name: a[0] for name, a in self.batch.items()}
-        weights = jnp.ones(ROWS)
+        weights = jnp.ones_like(one["labels"], jnp.float32)
         loss = lambda params: family.loss(params, {}, one, weights, None)[0]  # noqa: E731
         see = lambda params: family.bound.bind(params).see(one["tiles"], dtype=jnp.float32)  # noqa: E731
         self._parts = {"vision": jax.jit(see), "forward": jax.jit(loss), "backward": jax.jit(jax.value_and_grad(loss))}
