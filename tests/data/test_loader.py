@@ -5,10 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import multiprocessing
-import os
-import socket
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -372,22 +368,11 @@ print(json.dumps([[batch.bucket, batch.samples, batch.arrays["tokens"].shape] fo
 
 
 def test_two_processes_agree_through_their_devices(
-    make_set: MakeSet, tokenizer: Any, tmp_path: Path, repository: Path
+    make_set: MakeSet, tokenizer: Any, tmp_path: Path, run_processes: Callable[..., list[str]]
 ) -> None:
     file = make_set(5, images=lambda i: {3: 1}.get(i, 0))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-c", TWO_PROCESSES, str(file), str(tmp_path / "tokenizer"), address]
-    environment = os.environ | {"PYTHONPATH": str(repository)}
-    processes = [
-        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    for process in processes:
-        out, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
+    for out in run_processes(TWO_PROCESSES, str(file), str(tmp_path / "tokenizer")):
         # The image is the second process's, and the last step has one sample, the first's.
         assert json.loads(out.splitlines()[-1]) == [[[b, 1], n, [1, 1, b]] for b, n in ((3, 2), (5, 2), (3, 1))]
 

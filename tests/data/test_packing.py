@@ -6,11 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import pickle
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -265,7 +261,7 @@ from vlm_jax.data import ImageSettings
 from vlm_jax.data.loader import Loader
 from vlm_jax.data.packing import Packing
 
-file, tokenizer, address, process, processes = sys.argv[1:]
+file, tokenizer, processes, address, process = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, int(processes), int(process))
 loader = Loader(file, tokenizer=AutoTokenizer.from_pretrained(tokenizer), template="plain", images=ImageSettings(8, 2),
@@ -277,7 +273,7 @@ print(json.dumps([loader.steps, [[hashlib.sha256(part).hexdigest() for part in b
 
 
 def test_one_two_and_four_real_processes_see_the_same_rows(
-    mixed: Path, load: Any, tokenizer: Any, tmp_path: Path, repository: Path
+    mixed: Path, load: Any, tokenizer: Any, tmp_path: Path, run_processes: Callable[..., list[str]]
 ) -> None:
     """Each process measures its share of the records; the processes exchange them through their devices."""
 
@@ -288,27 +284,9 @@ def test_one_two_and_four_real_processes_see_the_same_rows(
     alone = load(mixed, shards=4, epochs=1)
     expected = [row_digests(batch, alone.rows) for batch in alone]
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    environment = os.environ | {"PYTHONPATH": str(repository), "XLA_FLAGS": ""}
     for processes in (2, 4):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        command = [sys.executable, "-c", HOSTS, str(mixed), str(tmp_path / "tokenizer"), address]
-        running = [
-            subprocess.Popen(
-                [*command, str(i), str(processes)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for i in range(processes)
-        ]
-        found = []
-        for process in running:
-            out, error = process.communicate(timeout=240)
-            assert process.returncode == 0, error
-            found.append(json.loads(out.splitlines()[-1]))
+        printed = run_processes(HOSTS, str(mixed), str(tmp_path / "tokenizer"), str(processes), count=processes)
+        found = [json.loads(out.splitlines()[-1]) for out in printed]
         assert {steps for steps, _ in found} == {alone.steps}
         together = [list(itertools.chain(*parts)) for parts in zip(*(batches for _, batches in found), strict=True)]
         assert together == expected
