@@ -99,6 +99,8 @@ def llama(
         "rope_scaling": None,
         "norm_eps": 1e-5,
         "sliding_window": None,
+        "qkv_bias": False,
+        "qk_norm": False,
         "tie_embeddings": False,
         **changes,
     }
