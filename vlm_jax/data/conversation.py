@@ -218,6 +218,8 @@ def _pieces(
 
 
 def _fill(text: str, tokenizer: Any) -> str:
+    if "{" not in text:  # the attributes of a tokenizer are slow to read
+        return text
     return text.replace("{bos}", tokenizer.bos_token or "").replace("{eos}", tokenizer.eos_token or "")
 
 

@@ -19,6 +19,7 @@ from vlm_jax.errors import UsageError, suggest
 from vlm_jax.kernels.placement import platform_of
 
 BLOCK_INPUT = "block_input"
+FEW = 8  # layers
 
 
 def _offload() -> Callable[..., Any]:
@@ -58,6 +59,9 @@ def scan_layers(
 
     `layers` holds parameters [L, ...]; `first` runs only the first so many of them; `xs` is scanned along. Returns the
     last carry and the stacked ys.
+
+    On one CPU a few layers run without a loop: around one, XLA clears, copies and rewrites the stacks of all that the
+    backward pass needs, which is a tenth of the step of a small model.
     """
     graph, state = nnx.split(layers)
     if first is not None:
@@ -72,7 +76,8 @@ def scan_layers(
     check_remat(remat)
     if REMAT[remat] is not None:
         body = jax.checkpoint(body, policy=REMAT[remat](), prevent_cse=False)
-    return jax.lax.scan(body, x, (state, jnp.arange(count), xs))
+    unroll = count <= FEW and REMAT[remat] is None and apart()  # without the loop, XLA undoes rematerialisation
+    return jax.lax.scan(body, x, (state, jnp.arange(count), xs), unroll=unroll)
 
 
 def apart() -> bool:
