@@ -53,6 +53,7 @@ def get_config(args: str = "") -> ConfigDict:
     c.loss_norm, c.loss_ranks = "rank_mean", 8  # the mean on each of 8 GPUs, then over them
     c.optimizer.clip_norm = None  # its DeepSpeed settings switch clipping off
     c.buckets.lengths, c.buckets.tiles = (640, 1024, 2048), (1,)
+    c.data.truncate = True  # as there at model_max_length
     c.remat, c.frozen_dtype = "full", "bfloat16"
     if v.lora:
         adapt(c, rank=128, alpha=256, dropout=0.05, lr=2e-4, connector_lr=2e-5)

@@ -54,6 +54,7 @@ def get_config(args: str = "") -> ConfigDict:
     c.loss_norm, c.loss_ranks = "rank_mean", 32  # the mean on each of 32 GPUs, then over them
     c.optimizer.clip_norm = 1.0  # as LLaVA-NeXT
     c.buckets.lengths, c.buckets.tiles = (2048, 3072, 4096), (5,)  # one image takes at most 2,928 positions
+    c.data.truncate = True  # as there at model_max_length
     c.remat, c.frozen_dtype = "full", "bfloat16"
     if v.lora:
         adapt(c, rank=128, alpha=256, dropout=0.05, lr=2e-4, connector_lr=2e-5)  # LLaVA scripts/v1_5/finetune_lora.sh

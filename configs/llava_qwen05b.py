@@ -52,6 +52,7 @@ def get_config(args: str = "") -> ConfigDict:
     )
     c.optimizer.clip_norm = 1.0  # as LLaVA-NeXT
     c.buckets.lengths, c.buckets.tiles = (800, 1280, 2560), (1,)
+    c.data.truncate = True  # as there at model_max_length, which is larger: 8,192 and 32,768
     c.remat, c.frozen_dtype = "full", "bfloat16"
     if v.lora:
         adapt(c, rank=128, alpha=256, dropout=0.05, lr=2e-4, connector_lr=2e-5)  # LLaVA scripts/v1_5/finetune_lora.sh

@@ -306,6 +306,7 @@ def test_stages_in_another_order_are_another_experiment() -> None:
         ("seed", False),
         ("stages.finetune.lr", False),
         ("data.train", False),
+        ("data.truncate", False),
         ("model.mesh", False),
         ("warmup_steps", False),
         ("evaluate", False),

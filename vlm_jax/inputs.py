@@ -42,6 +42,7 @@ def stage_loader(
         "template": stage.template,
         "image_placement": stage.image_placement,
         "compat_drop_mismatch": stage.compat_drop_mismatch,
+        "truncate": config.data.truncate,
         "images": images,
         "samples": stage.samples,
         "rows": per_device * shards if per_device else None,

@@ -43,6 +43,7 @@ def experiment(*, seed: int = 42) -> ConfigDict:
                 "confined": True,  # images lie in their folder; False: anywhere on this machine, by path or link
                 "workers": 0,  # processes that read; 0: threads of this one
                 "threads": 4,
+                "truncate": False,  # cut off what is longer than the longest row, as LLaVA does; False: leave it out
                 "max_bad_fraction": 0.01,
             },
             "steps": None,

@@ -95,6 +95,14 @@ def test_a_config_adds_lengths_as_training_counts_them(
     assert [(line["id"], line["kind"]) for line in faults] == [("long", "too_long")]
     assert "the largest bucket holds 42 and 1" in faults[0]["message"] and "1 of 2 records are bad" in error
     assert report["tokens"]["max"] > 200 and report["trained"]["max"] <= 3 and report["too_long"]["42"] == 0.5
+    half = {"id": "half", "conversations": [*turns, {**turns[0], "value": "Why? " * 40}, {"from": "gpt", "value": "6"}]}
+    file.write_text("\n".join(map(json.dumps, [*lines, half])))
+    truncate = "--config.data.truncate=true"
+    error, cut, faults = run(config, truncate, f"--data={file}", f"--output={tmp_path / 'report'}")
+    assert [(line["id"], line["kind"]) for line in faults] == [("long", "no_trainable_token"), ("half", "truncated")]
+    assert "1 of 3 records are bad" in error and not cut["faults"]["truncated"]["bad"]
+    assert cut["too_long"]["42"] == 0.6667 and cut["tokens"]["max"] > 200, "the lengths are of whole records"
+    assert all(one["left_out"] == 0 for one in cut["filling"]) and report["filling"][0]["left_out"] > 0
     with pytest.raises(UsageError, match="did you mean 'align'"):
         audit.main([config, "--stage=alain", f"--output={tmp_path / 'report'}"])
 
@@ -131,6 +139,8 @@ def test_the_filling_of_rows_can_be_checked_by_hand() -> None:
     assert one.padded in (200 / 240, 200 / 200)  # batches of 60 and 40, or of equals
     (short,) = fill(np.array([60, 40, 60, 40]), np.array([1, 1, 1, 1]), [50], samples=2, seed=0)
     assert short.left_out == 0.5
+    (short,) = fill(np.array([60, 40, 60, 40]), np.array([1, 1, 1, 1]), [50], samples=2, seed=0, truncate=True)
+    assert short.left_out == 0.0 and short.packed == {"first_fit": 0.9, "best_fit": 0.9} and short.per_row == 1
 
 
 @pytest.mark.parametrize(

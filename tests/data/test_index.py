@@ -50,7 +50,7 @@ def test_the_sizes_are_those_of_the_rows(some: Path, encoder: FusionEncoder, mon
     assert wrong == {3: "missing_image", 6: "broken_image", 7: "malformed", 10: "assistant_first"}
     assert np.flatnonzero(~index.usable[:24]).tolist() == [3, 6, 7]
     for i in (0, 1, 2, 4, 23):
-        row = encoder(source[i], source.images)
+        row, _ = encoder(source[i], source.images)
         sizes = len(row["tokens"]), len(row["tiles"]), (row["labels"] >= 0).sum()
         assert (index.tokens[i], index.tiles[i], index.trained[i]) == sizes
     assert index.tiles[:3].tolist() == [3, 0, 3]

@@ -122,9 +122,9 @@ def test_an_order_is_the_same_elsewhere_and_wherever_it_is_entered() -> None:
     assert order(seed=6).at(0, 0) != here.at(0, 0)
 
 
-def test_what_does_not_fit_takes_no_room_and_is_still_delivered() -> None:
+def test_what_cannot_be_used_takes_no_room_and_is_still_delivered() -> None:
     tokens, tiles = sizes(50)
-    tokens[3], tiles[4] = 9000, 17
+    tokens[3:5], tiles[3:5] = 0, 0
     one = order(50, tokens=tokens, tiles=tiles)
     places = [
         place for slot in range(one.slots * one.steps(1)) for place in one.at(slot // one.slots, slot % one.slots)
@@ -223,7 +223,7 @@ def test_what_fails_at_load_leaves_its_place_empty_and_is_counted(mixed: Path, l
     broken = mixed.parent / "3-0.png"
     broken.write_bytes(broken.read_bytes()[:45])
     tall = {"images": ImageSettings(8, 2, several="pad", merge="flat")}
-    grown = Index(*(np.array(getattr(loader.index, name)) for name in ("tokens", "tiles", "trained", "kinds")))
+    grown = Index(*(np.array(getattr(loader.index, name)) for name in ("tokens", "tiles", "trained", "least", "kinds")))
     grown.tokens[2] -= 1
     batches = list(load(mixed, index=grown, **settings, **tall))
     wrong = {sample.index: sample.kind for batch in batches for sample in batch.delivered if sample.kind}
@@ -242,7 +242,7 @@ def test_a_set_with_too_many_bad_records_is_told_before_the_first_step(mixed: Pa
     with pytest.raises(UsageError, match=r"3 of 23 records cannot be used.*3 missing_image"):
         load(mixed)
     with pytest.raises(UsageError, match=r"23 records, but 22 were measured"):
-        load(mixed, index=Index(*np.ones((4, 22), np.int32)))
+        load(mixed, index=Index(*np.ones((5, 22), np.int32)))
 
 
 def test_mixtures_are_packed_together(make_set: MakeSet, load: Any) -> None:

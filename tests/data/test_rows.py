@@ -74,7 +74,7 @@ def test_images_of_any_sizes_stand_in_one_batch(most: int | None) -> None:
         tiles = [process(picture, settings) for picture in pictures]
         made.append(rows.fusion_row(ids, labels, tiles, layouts, settings))
         rooms.append([len(one.places) for one in layouts])
-        assert len(made[-1]["tokens"]) == rows.expanded_length(ids, layouts) == 2 + sum(1 + n for n in rooms[-1])
+        assert len(made[-1]["tokens"]) == rows.widths(ids, layouts).sum() == 2 + sum(1 + n for n in rooms[-1])
     K = max(len(row["tiles"]) for row in made) + 1
     T = max(len(row["tokens"]) for row in made) + 2
     budgets = {"T": T, "K": K, "P": 4, "H": 8, "W": 8}

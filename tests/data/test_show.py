@@ -89,6 +89,29 @@ def test_a_packed_row_shows_all_of_its_records(
     assert not list((tmp_path / "out").glob("*.png"))
 
 
+def test_a_record_whose_end_is_cut_off_shows_what_is_left(
+    capsys: pytest.CaptureFixture[str], repository: Path, tmp_path: Path
+) -> None:
+    """The tiles of the second image stay, its features have no place; the answer ends before its end."""
+    for name in ("one", "two"):
+        Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / f"{name}.png")
+    turns = ["<image>\nWhat?", "1 and 2 and 3 and 4 " * 3, "<image>\nWhat?", "5"]
+    record = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
+    records = [{"id": "long", "image": ["one.png", "two.png"], "conversations": record}]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    config = f"--config={repository / 'configs' / 'llava16_mistral.py'}:tiny"
+    words = [config, f"--config.data.train={tmp_path / 'data.json'}", f"--output={tmp_path / 'out'}", "--samples=1"]
+    words.append("--config.buckets.lengths=30")
+    out = run(capsys, *words, "--config.data.truncate=true", "--html")
+    assert "30 of 30 tokens" in out and "30 tokens, " in out and "the first 30 of its" in out
+    assert "<image 1: 5 features, 1 tile>" in out and "<image 2" not in out and "2 tiles" in out
+    assert "</s>" not in out and out.count("[[") == 1
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "the first 30 of its" in page and page.count("data:image/png;base64,") == 1
+    refused = run(capsys, *words, "--config.data.truncate=false")
+    assert "too_long: it has" in refused and "<image 1" not in refused
+
+
 def test_the_texts_of_tokens_add_up_to_the_text(mistral) -> None:
     tokenizer = mistral(True)
     ids = tokenizer("naïve café → 漢字 🦜 done", add_special_tokens=False).input_ids

@@ -32,6 +32,11 @@ class Layout:
     places: np.ndarray
     weights: np.ndarray | None = None
 
+    def first(self, count: int) -> Layout:
+        """The same tiles with the first `count` places alone; a feature that has lost its place stands nowhere."""
+        weights = None if self.weights is None else self.weights[:count]
+        return dataclasses.replace(self, places=self.places[:count], weights=weights)
+
 
 def best_canvas(size: Size, canvases: Sequence[Size]) -> Size:
     """The canvas that keeps most of the image's pixels, then the one with the least room to spare; of equals the first

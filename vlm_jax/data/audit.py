@@ -116,40 +116,39 @@ def _recipe(given: SimpleNamespace) -> Recipe:
     with jax.set_mesh(make_mesh()):
         family = make_family(plain(config.model))
     images, tokenizer = family.images(stage.images), run_tokenizer(config, family.vocab_size)
-    longest, tiles = max(config.buckets.lengths), max(config.buckets.tiles)
-    placed = stage.image_placement, stage.compat_drop_mismatch
-    return Recipe(
-        config, given.config, stage, FusionEncoder(tokenizer, stage.template, images, longest, tiles, *placed)
+    encoder = FusionEncoder(
+        tokenizer,
+        stage.template,
+        images,
+        max(config.buckets.lengths),
+        max(config.buckets.tiles),
+        stage.image_placement,
+        stage.compat_drop_mismatch,
+        config.data.truncate,
     )
+    return Recipe(config, given.config, stage, encoder)
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
 def _measure(found: Any, recipe: Recipe, workers: int) -> Any:
-    """The index of all records. What it finds wrong, and an inspection without a tokenizer could not, is added."""
-    import numpy as np
-
+    """The index of all records. What the encoder finds wrong, and an inspection without a tokenizer could not, is
+    added."""
     from vlm_jax.data.index import KINDS, build_index
-    from vlm_jax.data.inspection import Measurer, in_parallel
+    from vlm_jax.data.inspection import NOTES, Measurer, in_parallel
 
     index = build_index(found.sources, recipe.encoder, workers=workers, cache=cache_folder() / "index")
-    known = {(fault.source, fault.index) for fault in found.faults if fault.kind in KINDS}
-    places = list(found.records)
-    odd = [place for place, kind in zip(places, index.kinds, strict=True) if kind and place not in known]
+    unusable = {
+        (fault.source, fault.index) for fault in found.faults if fault.kind in KINDS and fault.kind not in NOTES
+    }
+    kinds = index.limited(recipe.encoder).kinds
+    odd = [place for place, kind in zip(found.records, kinds, strict=True) if kind and place not in unusable]
     for place, (kind, message) in zip(
         odd, in_parallel(Measurer(found.sources, recipe.encoder), odd, workers, "records"), strict=True
     ):
         if kind:
             found.add(place, kind, message)
-    encoder = recipe.encoder
-    for number in np.flatnonzero((index.tokens > encoder.longest) | (index.tiles > encoder.most_tiles)):
-        found.add(
-            places[number],
-            "too_long",
-            f"it has {index.tokens[number]} tokens and {index.tiles[number]} tiles; the largest bucket holds "
-            f"{encoder.longest} and {encoder.most_tiles}",
-        )
     found.faults.sort(key=lambda one: (one.source, one.index))
     return index
 
@@ -207,6 +206,8 @@ def _lengths(found: Any, index: Any, recipe: Recipe, workers: int) -> dict[str, 
     longest = recipe.encoder.longest
     buckets = sorted({*recipe.config.buckets.lengths, *(int(longest * times) for times in LENGTHS)})
     rows = [int(longest * times) for times in LENGTHS]
+    cut = recipe.encoder.truncate
+    filling = fill(tokens, tiles, rows, samples=recipe.stage.samples, seed=0, truncate=cut)
     return {
         "config": recipe.spec,
         "stage": recipe.stage.name,
@@ -216,7 +217,7 @@ def _lengths(found: Any, index: Any, recipe: Recipe, workers: int) -> dict[str, 
         "too_long": {
             str(length): round(float((tokens > length).mean()), 4) if len(tokens) else 0.0 for length in buckets
         },
-        "filling": [one.as_json() for one in fill(tokens, tiles, rows, samples=recipe.stage.samples, seed=0)],
+        "filling": [one.as_json() for one in filling],
         "training_images_per_second": _training_speed(found, recipe, workers),
     }
 

@@ -21,12 +21,12 @@ import numpy as np
 from tqdm import tqdm
 
 from vlm_jax.data.conversation import begin_with_user
-from vlm_jax.data.reading import FusionEncoder, read
+from vlm_jax.data.reading import FusionEncoder, Measured, read
 from vlm_jax.data.records import BAD_KINDS, BadRecord
 from vlm_jax.data.sources import Source
 from vlm_jax.data.templates import Trained, get_template
 
-FORMAT = 1  # of what is measured and how it is stored; a higher number makes every index anew
+FORMAT = 2  # of what is measured and how it is stored; a higher number makes every index anew
 KINDS = ("", *BAD_KINDS)
 CHUNK = 128  # records that a worker measures at a time
 FEW = 4  # chunks that are measured without workers
@@ -39,13 +39,14 @@ class Index:
     """What the records of some sources need, all sources in their order. Every array is [N].
 
     tokens: int32, positions of the token row, visual ones among them. tiles: int32. trained: int32, tokens of them that
-      are somebody's target. All 0 where a record cannot be used.
-    kinds: int8, the number in `KINDS` of what is wrong; 0 nothing. Of the kind "assistant_first" the rest is used.
+      are somebody's target. least: int32, tokens up to the first of these. All 0 where a record cannot be used.
+    kinds: int8, the number in `KINDS` of what is wrong; 0 nothing. Of the kinds in `records.py: USED` the rest is used.
     """
 
     tokens: np.ndarray
     tiles: np.ndarray
     trained: np.ndarray
+    least: np.ndarray
     kinds: np.ndarray
 
     def __len__(self) -> int:
@@ -56,11 +57,21 @@ class Index:
         """bool [N]"""
         return self.tokens > 0
 
-    def bad(self, longest: int, most_tiles: int) -> dict[str, int]:
-        """How many records there are of each kind of `BAD_KINDS`, if rows have so many tokens and tiles."""
-        counts = np.bincount(self.kinds, minlength=len(KINDS)).tolist()
-        long = int(((self.tokens > longest) | (self.tiles > most_tiles)).sum())
-        return dict(zip(KINDS[1:], counts[1:], strict=True)) | {"too_long": long}
+    @property
+    def bad(self) -> dict[str, int]:
+        """How many records there are of each kind of `BAD_KINDS`."""
+        return dict(zip(KINDS[1:], np.bincount(self.kinds, minlength=len(KINDS)).tolist()[1:], strict=True))
+
+    def limited(self, encoder: FusionEncoder) -> Index:
+        """What the limits of an encoder make of it (`FusionEncoder.limit`): `tokens` and `tiles` are those of its rows.
+        `trained` still counts what is cut off."""
+        longer = self.tokens > encoder.longest
+        refused = (self.tiles > encoder.most_tiles) | (longer & (not encoder.truncate))
+        untrained = longer & (self.least > encoder.longest)
+        wrong = {"too_long": refused, "no_trainable_token": untrained, "truncated": longer}  # the first that holds
+        kinds = np.select(list(wrong.values()), [np.int8(KINDS.index(kind)) for kind in wrong], self.kinds)
+        sizes = {name: np.where(refused | untrained, 0, size) for name, size in _arrays(self).items()}
+        return Index(**sizes | {"tokens": np.minimum(sizes["tokens"], encoder.longest), "kinds": kinds})
 
     @property
     def digest(self) -> str:
@@ -120,19 +131,20 @@ def build_index(
     file = Path(cache).expanduser() / f"{digest}.npz" if cache is not None else None
     known = Index.load(file, digest) if file is not None else None
     count = sum(len(source) for source in sources)
-    table = np.zeros((count, 4), np.int32) if known is None else np.stack(list(_arrays(known).values()), 1)
+    columns = [field.name for field in dataclasses.fields(Index)]
+    table = np.zeros((count, len(columns)), np.int32) if known is None else np.stack(list(_arrays(known).values()), 1)
     share = np.arange(count)[process_index::process_count]
     todo = share if known is None else share[table[share, 0] == 0]
     for numbers, measured in _measure(tuple(sources), encoder, todo, workers):
         table[numbers] = measured
     if process_count > 1:
         assert agree is not None
-        mine = np.zeros((-(-count // process_count), 4), np.int32)
+        mine = np.zeros((-(-count // process_count), len(columns)), np.int32)
         mine[: len(share)] = table[share]
-        gathered = np.asarray(agree(mine.reshape(-1))).reshape(process_count, -1, 4)
-        table = gathered.transpose(1, 0, 2).reshape(-1, 4)[:count]
-    tokens, tiles, trained, kinds = (np.ascontiguousarray(column) for column in table.T)
-    index = Index(tokens, tiles, trained, kinds.astype(np.int8))
+        gathered = np.asarray(agree(mine.reshape(-1))).reshape(process_count, -1, len(columns))
+        table = gathered.transpose(1, 0, 2).reshape(-1, len(columns))[:count]
+    arrays = dict(zip(columns, map(np.ascontiguousarray, table.T), strict=True))
+    index = Index(**arrays | {"kinds": arrays["kinds"].astype(np.int8)})
     if file is not None and (known is None or not np.array_equal(index.kinds, known.kinds)):
         with contextlib.suppress(OSError):  # a full or read-only disk: the next run measures again
             index.save(file, digest)
@@ -180,7 +192,7 @@ def _spelled(value: Any) -> Any:
 def _measure(
     sources: tuple[Source, ...], encoder: FusionEncoder, numbers: np.ndarray, workers: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The numbers a few at a time, and [n, 4] of each few: tokens, tiles, trained tokens, kind."""
+    """The numbers a few at a time, and of each few the columns of the index, [n, columns]."""
     chunks = [numbers[at : at + CHUNK] for at in range(0, len(numbers), CHUNK)]
     measurer = Measurer(sources, encoder, tuple(chunks))
     workers = workers if len(chunks) > FEW else 0  # it takes seconds to start one
@@ -194,7 +206,7 @@ def _measure(
 
 @dataclasses.dataclass(frozen=True)
 class Measurer:
-    """`reader` of `data/reading.py: read`: the sizes of chunk number n, int32 [its records, 4]."""
+    """`reader` of `data/reading.py: read`: the sizes of chunk number n, int32 [its records, columns]."""
 
     sources: tuple[Source, ...]
     encoder: FusionEncoder
@@ -203,21 +215,22 @@ class Measurer:
     def __call__(self, number: int) -> np.ndarray:
         return np.array([self._sizes(int(one)) for one in self.chunks[number]], np.int32)
 
-    def _sizes(self, number: int) -> tuple[int, int, int, int]:
+    def _sizes(self, number: int) -> tuple[int, ...]:
         for source in self.sources:
             if number < len(source):
                 break
             number -= len(source)
         try:
             record, left_out = begin_with_user(source[number])
-            tokens, tiles, trained = np.max([*self._forms(record, source)], axis=0).tolist()
+            forms = list(self._forms(record, source))
         except BadRecord as error:
-            return 0, 0, 0, KINDS.index(error.kind)
-        return tokens, tiles, trained, KINDS.index("assistant_first") if left_out else 0
+            return 0, 0, 0, 0, KINDS.index(error.kind)
+        tokens, tiles, trained = (max(getattr(form, size) for form in forms) for size in ("tokens", "tiles", "trained"))
+        least = min(form.least for form in forms)
+        return tokens, tiles, trained, least, KINDS.index("assistant_first") if left_out else 0
 
-    def _forms(self, record: Any, source: Source) -> Iterator[tuple[int, int, int]]:
+    def _forms(self, record: Any, source: Source) -> Iterator[Measured]:
         """Random placement gives a record one of two forms; the index does not know which."""
         drawn = self.encoder.image_placement == "random"
         for placement in ("first", "last") if drawn else (self.encoder.image_placement,):
-            one = dataclasses.replace(self.encoder, image_placement=placement).measure(record, source.images)
-            yield one.tokens, one.tiles, one.trained
+            yield dataclasses.replace(self.encoder, image_placement=placement).measure(record, source.images)

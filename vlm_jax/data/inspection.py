@@ -234,7 +234,7 @@ class TileMaker:
 
 @dataclasses.dataclass(frozen=True)
 class Measurer:
-    """(source, record) -> (kind, message) of what an encoder finds wrong with it."""
+    """(source, record) -> (kind, message) of what an encoder finds wrong with it, or has to cut off."""
 
     sources: tuple[Source, ...]
     encoder: FusionEncoder
@@ -242,10 +242,10 @@ class Measurer:
     def __call__(self, place: tuple[int, int]) -> tuple[str, str]:
         source = self.sources[place[0]]
         try:
-            self.encoder.measure(begin_with_user(source[place[1]])[0], source.images)
+            _, cut = self.encoder.limit(self.encoder.measure(begin_with_user(source[place[1]])[0], source.images))
         except BadRecord as error:
             return error.kind, str(error)
-        return "", ""
+        return ("truncated", cut) if cut else ("", "")
 
 
 def in_parallel(look: Callable[[Item], Any], items: Sequence[Item], workers: int, unit: str) -> Iterator[Any]:

@@ -69,7 +69,7 @@ class Loader:
     workers before its end.
 
     sources: files of records, or one path.
-    tokenizer, template, images, image_placement, compat_drop_mismatch: what makes a row (`FusionEncoder`).
+    tokenizer, template, images, image_placement, compat_drop_mismatch, truncate: what makes a row (`FusionEncoder`).
     samples: of a step, over all processes.
     micro_batches, rows, shards: A and R, with A·R at least the slots of a step: `samples`, or with packing what holds
       so many on average. Default one micro-batch; R is the least, a multiple of `shards`. What is left over is rows of
@@ -98,6 +98,7 @@ class Loader:
         images: ImageSettings,
         image_placement: str = "first",
         compat_drop_mismatch: bool = False,
+        truncate: bool = False,
         samples: int,
         lengths: Sequence[int],
         tiles: Sequence[int] = (1,),
@@ -139,7 +140,7 @@ class Loader:
         self.sources = tuple(open_source(spec.path, spec.images, confined=spec.confined) for spec in specs)
         longest, most_tiles = self.lengths[-1], self.tiles[-1]
         self.encode = FusionEncoder(
-            tokenizer, template, images, longest, most_tiles, image_placement, compat_drop_mismatch
+            tokenizer, template, images, longest, most_tiles, image_placement, compat_drop_mismatch, truncate
         )
         counts, weights = tuple(len(source) for source in self.sources), tuple(float(spec.weight) for spec in specs)
         self.index: Index | None = None
@@ -155,10 +156,10 @@ class Loader:
                 process_count=self.process_count,
                 agree=self._agree,
             )
-            sized = self.index.tokens, self.index.tiles
-            packed: dict[str, Any] = {"tokens": sized[0], "tiles": sized[1], "budget": budget, "packing": packing}
-            self.order = PackedOrder(counts, weights, samples, seed, shuffle, **packed)
-            self._check_index(self.index, max_bad_fraction)
+            limited = self.index.limited(self.encode)
+            packed: dict[str, Any] = {"tokens": limited.tokens, "tiles": limited.tiles, "budget": budget}
+            self.order = PackedOrder(counts, weights, samples, seed, shuffle, packing=packing, **packed)
+            self._check_index(limited, max_bad_fraction)
         self.micro_batches, self.rows = _grid(self.order.slots, micro_batches, rows, shards)
         if self.rows % self.process_count:
             raise UsageError(
@@ -180,8 +181,7 @@ class Loader:
         count = sum(self.order.counts)
         if len(index) != count:
             raise UsageError(f"the sources have {count:,} records, but {len(index):,} were measured; start a new run")
-        bad = index.bad(self.lengths[-1], self.tiles[-1])
-        BadRecordList(None, 0).check(bad, count, count, max_bad_fraction)
+        BadRecordList(None, 0).check(index.bad, count, count, max_bad_fraction)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -126,9 +126,9 @@ FITS: dict[str, Fit] = {"best_fit": _best_fit, "first_fit": _first_fit}
 class PackedOrder(Order):
     """An `Order` whose rows hold several records.
 
-    A record that cannot be used, or is too large for a row, takes no room: it stands in a row to be counted there.
+    A record that cannot be used takes no room: it stands in a row to be counted there.
 
-    tokens, tiles: int [N], of the records of all sources (`data/index.py`). budget: tokens and tiles of a row.
+    tokens, tiles: int [N], of the records of all sources (`Index.limited`). budget: tokens and tiles of a row.
     """
 
     tokens: np.ndarray
@@ -136,11 +136,6 @@ class PackedOrder(Order):
     budget: tuple[int, int]
     packing: Packing
     _starts: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fits = (self.tokens <= self.budget[0]) & (self.tiles <= self.budget[1])
-        self.tokens, self.tiles = np.where(fits, self.tokens, 0), np.where(fits, self.tiles, 0)
 
     @functools.cached_property
     def slots(self) -> int:

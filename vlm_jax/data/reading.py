@@ -20,11 +20,11 @@ import numpy as np
 from absl import flags
 
 from vlm_jax.data.anyres import Layout
-from vlm_jax.data.conversation import UNTRAINED, begin_with_user, encode_conversation
+from vlm_jax.data.conversation import IMAGE_ID, UNTRAINED, begin_with_user, encode_conversation
 from vlm_jax.data.images import ImageSettings, Picture, layout, process
 from vlm_jax.data.order import Order, Place
 from vlm_jax.data.records import BadRecord, Record
-from vlm_jax.data.rows import Field, Row, expanded_length, fusion_row, join
+from vlm_jax.data.rows import LARGEST, Field, Row, fusion_row, join, widths
 from vlm_jax.data.sources import Source
 from vlm_jax.errors import UsageError
 
@@ -36,7 +36,7 @@ SMALL_ARRAY = 1 << 16  # bytes; larger arrays come from a worker through shared 
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """What became of one record in a slot. `kind` and `message` say what is wrong with it, both empty if nothing is; of
-    the kind "assistant_first" the rest is used all the same."""
+    the kinds in `records.py: USED` the rest is used all the same."""
 
     slot: int
     source: int
@@ -62,7 +62,7 @@ class Measured:
     @property
     def tokens(self) -> int:
         """Positions of the token row, the visual ones among them."""
-        return expanded_length(self.ids, self.layouts)
+        return int(widths(self.ids, self.layouts).sum())
 
     @property
     def tiles(self) -> int:
@@ -73,12 +73,29 @@ class Measured:
         """Positions that have a label once they are shifted: the first token of a row is nobody's target."""
         return int((self.labels[1:] != UNTRAINED).sum())
 
+    @property
+    def least(self) -> int:
+        """Positions up to the first of the `trained`, itself among them: a row that ends before it trains nothing."""
+        ends = np.cumsum(widths(self.ids, self.layouts))[1:]
+        return int(ends[self.labels[1:] != UNTRAINED].min(initial=LARGEST))
+
+    def first(self, length: int) -> Measured:
+        """What stands in the first `length` positions. Every image keeps its tiles, also where its features, or some of
+        them, have lost their places (llava/model/llava_arch.py cuts after the images have been encoded too)."""
+        taken = widths(self.ids, self.layouts)
+        kept = np.clip(length - (np.cumsum(taken) - taken), 0, taken)
+        images = self.ids == IMAGE_ID
+        layouts = tuple(one.first(count) for one, count in zip(self.layouts, kept[images].tolist(), strict=True))
+        left = images | (kept > 0)
+        return dataclasses.replace(self, ids=self.ids[left], labels=self.labels[left], layouts=layouts)
+
 
 @dataclasses.dataclass(frozen=True)
 class FusionEncoder:
     """Makes prefix-fusion rows (LLaVA) of records.
 
-    longest, most_tiles: a record that needs more of either is bad ("too_long").
+    longest, most_tiles: tokens and tiles of the largest row; a record that needs more of either is bad ("too_long").
+    truncate: of a record that needs more tokens the row holds the first `longest` ("truncated").
     image_placement, compat_drop_mismatch: of `encode_conversation`; what is dropped is bad ("mismatch").
     """
 
@@ -89,6 +106,7 @@ class FusionEncoder:
     most_tiles: int
     image_placement: str = "first"
     compat_drop_mismatch: bool = False
+    truncate: bool = False
 
     def measure(self, record: Record, folder: str | os.PathLike, seed: Sequence[int] = (0,)) -> Measured:
         """What the text and the headers of the images tell; no image is decoded, and no limit applies.
@@ -114,20 +132,35 @@ class FusionEncoder:
         layouts = tuple(layout(picture.size, settings) for picture in pictures)
         return Measured(ids, labels, pictures, layouts, settings)
 
-    def __call__(self, record: Record, folder: str | os.PathLike, seed: Sequence[int] = (0,)) -> Row:
-        """Raises BadRecord. The images are decoded last, since that takes the time.
+    def limit(self, one: Measured) -> tuple[Measured, str]:
+        """What of a record its row holds, and in words what is cut off; the words are empty if nothing is.
 
-        seed: of random placement.
+        Raises BadRecord: "too_long", or "no_trainable_token" if all that is trained would be cut off.
         """
-        one = self.measure(record, folder, seed)
-        if one.tokens > self.longest or one.tiles > self.most_tiles:
+        if one.tiles > self.most_tiles or (one.tokens > self.longest and not self.truncate):
             raise BadRecord(
                 "too_long",
                 f"it has {one.tokens} tokens and {one.tiles} tiles; the largest bucket holds {self.longest} and "
                 f"{self.most_tiles}",
             )
+        if one.tokens <= self.longest:
+            return one, ""
+        kept = one.first(self.longest)
+        if not kept.trained:
+            raise BadRecord(
+                "no_trainable_token", f"none of the first {self.longest} of its {one.tokens} tokens is trained"
+            )
+        lost = one.trained - kept.trained
+        return kept, f"the first {self.longest} of its {one.tokens} tokens are used; {lost} trained ones are cut off"
+
+    def __call__(self, record: Record, folder: str | os.PathLike, seed: Sequence[int] = (0,)) -> tuple[Row, str]:
+        """The row, and in words what of the record it leaves out (`limit`).
+
+        seed: of random placement. Raises BadRecord; the images are decoded last, since that takes the time.
+        """
+        one, cut = self.limit(self.measure(record, folder, seed))
         pixels = [process(picture.pixels(), one.settings) for picture in one.pictures]
-        return fusion_row(one.ids, one.labels, pixels, one.layouts, self.images)
+        return fusion_row(one.ids, one.labels, pixels, one.layouts, self.images), cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,13 +177,14 @@ class Slot:
 class Reader:
     """The slot number n of one process: slot `slots[n % len(slots)]` of step `n // len(slots)`.
 
-    encode: (record, folder of its images, seed) -> row. The seed is the order's and the record's place in the run.
+    encode: (record, folder of its images, seed) -> row, and in words what is cut off. The seed is the order's and the
+      record's place in the run.
     fields: of the rows.
     """
 
     order: Order
     sources: tuple[Source, ...]
-    encode: Callable[[Record, str | os.PathLike, tuple[int, ...]], Row]
+    encode: Callable[[Record, str | os.PathLike, tuple[int, ...]], tuple[Row, str]]
     fields: Mapping[str, Field]
     slots: np.ndarray
 
@@ -170,12 +204,12 @@ class Reader:
         try:
             record, left_out = begin_with_user(source[place.record])
             sample = dataclasses.replace(sample, id=record.id)
-            row = self.encode(record, source.images, seed)
+            row, cut = self.encode(record, source.images, seed)
             if place.room is not None:
                 _check_room(row, *place.room)
-            if left_out:
-                sample = dataclasses.replace(sample, kind="assistant_first", message=left_out)
-            return sample, row
+            notes = {"truncated": cut, "assistant_first": left_out}
+            kind = next((kind for kind, note in notes.items() if note), "")
+            return dataclasses.replace(sample, kind=kind, message="; ".join(filter(None, notes.values()))), row
         except BadRecord as error:
             return dataclasses.replace(sample, kind=error.kind, message=str(error)), {}
 

@@ -18,14 +18,16 @@ BAD_KINDS: dict[str, str] = {
     "unsafe_path": "give paths relative to the images folder, without '..', links out of it or URLs",
     "image_too_large": "scale the images down",
     "malformed": "correct the records",
-    "no_trainable_token": "give each record an answer",
-    "too_long": "raise --config.buckets.lengths or --config.buckets.tiles, or shorten the records",
+    "no_trainable_token": "give each record an answer, before the place where a row ends",
+    "too_long": "raise --config.buckets.lengths or --config.buckets.tiles, shorten the records, or cut off their ends "
+    "(--config.data.truncate=true)",
+    "truncated": "their ends are cut off, the rest is trained on; raise --config.buckets.lengths to keep all of them",
     "changed": "they have grown since they were measured for packing: remove ~/.cache/vlm_jax/index and begin anew",
     "mismatch": "LLaVA drops them; set compat_drop_mismatch=False in the stage to train on them",
     "assistant_first": "their first message is the assistant's; it is left out, the rest is trained on",
 }
-# Kinds that are counted and listed, but stop no run: what was asked for, and records of which the rest is used.
-TOLERATED = ("mismatch", "assistant_first")
+USED = ("truncated", "assistant_first")  # a part is left out, the rest is used; a record with both is of the first kind
+TOLERATED = ("mismatch", *USED)  # counted and listed, but they stop no run: they were asked for, or are used
 
 
 class BadRecord(UsageError):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm_jax.data.anyres import best_canvas
+from vlm_jax.data.anyres import Layout, best_canvas
 from vlm_jax.data.conversation import UNTRAINED
 from vlm_jax.data.reading import Measured, Sample
 from vlm_jax.data.rows import Row
@@ -76,11 +76,11 @@ def segment(
     """
     places = np.flatnonzero(row["segment_ids"] == number)
     start, stop = int(places[0]), int(places[-1]) + 1
-    ids, settings = row["tokens"][start:stop], measured.settings
+    ids = row["tokens"][start:stop]
     trained = np.append(False, row["labels"][start : stop - 1] != UNTRAINED)  # a label is the target of the one before
     visual = np.any(row["visual_index"].reshape(len(row["tokens"]), -1)[start:stop] >= 0, axis=1, keepdims=True)[:, 0]
     stretches: list[Stretch] = []
-    images: list[ShownImage] = []
+    layouts = iter(enumerate(measured.layouts, 1))
     at = 0
     while at < len(ids):
         if not visual[at]:
@@ -91,18 +91,28 @@ def segment(
                 stretches.append(Stretch(kind, start + at + low, start + at + high, tuple(texts[low:high])))
             at = end
             continue
-        picture, layout = measured.pictures[len(images)], measured.layouts[len(images)]
-        end, count = at + len(layout.places), layout.tiles
-        what = f"{end - at:,} features, {count} tile{'s' * (count > 1)}"
-        stretches.append(Stretch(IMAGE, start + at, start + end, (f"<image {len(images) + 1}: {what}>",)))
-        title, grid = f"image {len(images) + 1}: {picture.size[0]} x {picture.size[1]} pixels", None
+        count, layout = next(layouts)
+        end = at + len(layout.places)
+        stretches.append(Stretch(IMAGE, start + at, start + end, (f"<image {count}: {_extent(layout)}>",)))
+        at = end
+    return Segment(sample, source, tuple(stretches), tuple(_images(measured, row["tiles"][first_tile:])))
+
+
+def _images(measured: Measured, tiles: np.ndarray) -> Iterator[ShownImage]:
+    """The images of a record. tiles: of the row, from the record's first on."""
+    settings, first = measured.settings, 0
+    for count, (picture, layout) in enumerate(zip(measured.pictures, measured.layouts, strict=True), 1):
+        title, grid = f"image {count}: {picture.size[0]} x {picture.size[1]} pixels", None
         if settings.mode == "anyres":
             canvas = best_canvas(picture.size, settings.canvases)
             grid = canvas[0] // settings.size, canvas[1] // settings.size
             title += f" on a canvas of {canvas[0]} x {canvas[1]}"
-        images.append(ShownImage(f"{title}, {what}", row["tiles"][first_tile : first_tile + count], grid))
-        at, first_tile = end, first_tile + count
-    return Segment(sample, source, tuple(stretches), tuple(images))
+        yield ShownImage(f"{title}, {_extent(layout)}", tiles[first : first + layout.tiles], grid)
+        first += layout.tiles
+
+
+def _extent(layout: Layout) -> str:
+    return f"{len(layout.places):,} features, {layout.tiles} tile{'s' * (layout.tiles > 1)}"
 
 
 def _runs(flags: np.ndarray) -> Iterator[tuple[int, int]]:

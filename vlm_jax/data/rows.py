@@ -175,12 +175,11 @@ def fusion_row(
       target of a position stands at the position), so that the last has none. A text-only row has zero tiles. A newline
       is `NEWLINE` in the row, and K*P once `collate` knows K.
     """
-    length = expanded_length(input_ids, layouts)
+    repeats = widths(input_ids, layouts)
+    length = int(repeats.sum())
     counts = [one.tiles for one in layouts]
     if counts != [len(one) for one in tiles]:
         raise ValueError(f"{[len(one) for one in tiles]} tiles for layouts of {counts}")
-    repeats = np.ones(len(input_ids), np.int64)
-    repeats[input_ids == IMAGE_ID] = [len(one.places) for one in layouts]
     tokens = np.repeat(input_ids, repeats)
     visual = tokens == IMAGE_ID
     firsts = settings.features_per_tile * np.cumsum([0, *counts])  # of each image, and their end
@@ -231,9 +230,14 @@ def _place_four(
     }
 
 
-def expanded_length(input_ids: np.ndarray, layouts: Sequence[Layout]) -> int:
-    """Positions of a sample once each image holds its places."""
-    images = int((input_ids == IMAGE_ID).sum())
-    if images != len(layouts):
-        raise ValueError(f"{images} places for {len(layouts)} images")
-    return len(input_ids) - images + sum(len(one.places) for one in layouts)
+def widths(input_ids: np.ndarray, layouts: Sequence[Layout]) -> np.ndarray:
+    """int64 [L]: how many positions of the token row each id takes, an image all of its places.
+
+    input_ids: int32 [L], -200 for an image. layouts: of each image. Raises ValueError where their numbers differ.
+    """
+    images = np.flatnonzero(input_ids == IMAGE_ID)
+    if len(images) != len(layouts):
+        raise ValueError(f"{len(images)} places for {len(layouts)} images")
+    counts = np.ones(len(input_ids), np.int64)
+    counts[images] = [len(one.places) for one in layouts]
+    return counts

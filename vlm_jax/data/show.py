@@ -95,6 +95,7 @@ def _rows(loader: Any, first: int, count: int) -> Iterator[tuple[int, Any]]:
 
     from vlm_jax.data.conversation import begin_with_user
     from vlm_jax.data.reading import Reader
+    from vlm_jax.data.records import USED
     from vlm_jax.data.rendering import PageRow, Segment, picture, segment
     from vlm_jax.data.rows import fusion_fields
 
@@ -112,13 +113,14 @@ def _rows(loader: Any, first: int, count: int) -> Iterator[tuple[int, Any]]:
         bad, tile = [], 0
         for position, sample in enumerate(slot.samples):
             source = loader.sources[sample.source]
-            if sample.kind and sample.kind != "assistant_first":
+            if sample.kind and sample.kind not in USED:
                 bad.append(
                     f"record {sample.id!r}, number {sample.index} of {source.path}: {sample.kind}: {sample.message}"
                 )
                 continue
             record, _ = begin_with_user(source[sample.index])
-            measured = encode.measure(record, source.images, (loader.order.seed, step, place, position))
+            whole = encode.measure(record, source.images, (loader.order.seed, step, place, position))
+            measured, _ = encode.limit(whole)
             segments.append(
                 segment(slot.row, len(segments) + 1, tile, measured, sample, str(source.path), encode.tokenizer)
             )

@@ -53,8 +53,11 @@ class Filling:
         }
 
 
-def fill(tokens: np.ndarray, tiles: np.ndarray, lengths: Sequence[int], *, samples: int, seed: int) -> list[Filling]:
+def fill(
+    tokens: np.ndarray, tiles: np.ndarray, lengths: Sequence[int], *, samples: int, seed: int, truncate: bool = False
+) -> list[Filling]:
     """For each length of a row. tokens, tiles: int [N], of the records that can be used. samples: of a batch.
+    truncate: whether a record that is longer than the row is cut off; else it is left out.
 
     Rows have room for as many tiles as their tokens need on average, and a quarter more.
     """
@@ -62,8 +65,8 @@ def fill(tokens: np.ndarray, tiles: np.ndarray, lengths: Sequence[int], *, sampl
     tokens, tiles = tokens[shuffled], tiles[shuffled]
     window, result = Packing().window, []
     for length in lengths:
-        fits = tokens <= length
-        some, some_tiles = tokens[fits], tiles[fits]
+        fits = (tokens <= length) | truncate
+        some, some_tiles = np.minimum(tokens[fits], length), tiles[fits]
         if not len(some):
             continue
         need = 1.25 * length * some_tiles.sum() / some.sum()
