@@ -1,13 +1,14 @@
 """What stage 1 is worth: a tiny LLaVA trained with it and without it, with the same steps of stage 2.
 
     make quickstart && python benchmarks/no_align.py               # some minutes on two CPU cores
-    python benchmarks/no_align.py --recipe=bakllava --seeds 0 1 2
+    python benchmarks/no_align.py --recipe=bakllava --seeds 1 2 3
 
 Stage 1 joins a tower that sees to a language model that talks, so both must be able to before it. Here they are those
 of the quickstart; the connector between them is drawn anew, and the recipe's two stages, or its variant `no_align`,
-train on the same data with what they freeze. As in the recipes, the learning rate of stage 2 is a fraction of stage
-1's. The language model has met images before, unlike that of a published pair: the gap is that of this pair alone.
-Prints held-out accuracy and loss of both and the gap, and writes one JSON.
+train on the same data with what they freeze. The seed must not be the quickstart's: from that comes the connector which
+the quickstart began with, and its own ended not far from it. As in the recipes, the learning rate of stage 2 is a
+fraction of stage 1's. The language model has met images before, unlike that of a published pair: the gap is that of
+this pair alone. Prints held-out accuracy and loss of both and the gap, and writes one JSON.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument(
         "--quickstart", type=Path, default=ROOT / "runs" / "quickstart", help="workdir of the quickstart"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="none of them the quickstart's")
     parser.add_argument("--pretrain", type=int, default=150, help="steps of stage 1")
     parser.add_argument("--finetune", type=int, default=300, help="steps of stage 2, in both")
     parser.add_argument("--lr", type=float, nargs=2, default=(2e-3, 1e-4), help="learning rates of the two stages")
@@ -66,6 +67,9 @@ def main() -> None:
         sys.exit(
             f"{given.quickstart} is no finished run of the quickstart: make quickstart, or give --quickstart=WORKDIR"
         )
+    begun = json.loads((given.quickstart / "config.json").read_text())["seed"]
+    if begun in given.seeds:
+        sys.exit(f"--seeds has {begun}, the quickstart's own: its new connector would be the one that it began with")
     stages = {"pretrain": (given.pretrain, given.lr[0]), "finetune": (given.finetune, given.lr[1])}
     pairs: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as temporary:
