@@ -101,7 +101,7 @@ def test_the_copies_of_the_tpu_kernels_do_not_race(kind, monkeypatch, capfd) -> 
     """One to three rows and columns of tiles, on a simulated TPU that says where memory is touched while it moves."""
     monkeypatch.setattr(tpu, "_tile", lambda length, _: (128, -(-length // 128) * 128))
     watched = pltpu.InterpretParams(detect_races=True)
-    for images, texts in ((140, 300), (300, 120), (260, 256)):
+    for images, texts in ((140, 300), (260, 120)):
         image = ContrastiveShape(images, 8).arguments()["image"]
         text = ContrastiveShape(texts, 8).arguments()["text"]
         numbers = (jnp.float32(3),) if kind == "softmax" else (jnp.float32(3), jnp.float32(-1))
