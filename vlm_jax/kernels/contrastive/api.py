@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from vlm_jax.errors import UsageError
 from vlm_jax.kernels import placement
@@ -160,7 +161,8 @@ def _wrapped(kind: str, mesh, image, text, scalars, axis_name, choice: str) -> j
 
     features, scalar = partition(rows, ()), partition()
     specs = (features, features, *(scalar for _ in scalars))
-    arrays = [jax.reshard(x, spec) for x, spec in zip((image, text, *scalars), specs, strict=True)]
+    arrays = (image, text, *scalars)
+    arrays = [jax.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
     call = jax.shard_map(
         body,
         mesh=mesh,

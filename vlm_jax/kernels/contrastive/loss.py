@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class Plan:
     def devices(self) -> int:
         return 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
 
-    def call(self, name: str, image: jax.Array, text: jax.Array, *rest: jax.Array | int):
+    def call(self, name: str, image: jax.Array, text: jax.Array, *rest: jax.Array | int) -> Any:
         """The operation `name` of `xla.py` or `tpu.py` on a block of images and a block of texts."""
         tiles = xla.choose_tiles(image.shape[0], text.shape[0], self.platform)
         in_xla = functools.partial(getattr(xla, name), tiles=tiles)

@@ -1,0 +1,207 @@
+# ruff: noqa: E402 (threads, cores and large pages are set before jax and torch are imported)
+"""The contrastive losses beside open_clip's (torch) and beside naive JAX: value and all gradients, on the CPU.
+
+    python benchmarks/contrastive.py [--pairs=4096] [--rounds=5] [--large] [--huge] [--output=contrastive.json]
+
+One process, two cores, float32, the same features. The sides take turns; a figure is the median over the rounds, a
+ratio the median of the rounds' ratios. Before that, values must agree to 1e-4.
+
+- torch: the arithmetic of open_clip's ClipLoss and SigLipLoss on one process (mlfoundations/open_clip,
+  src/open_clip/loss.py), restated here, because the package draws in torchvision and timm. ClipLoss multiplies twice,
+  once per direction.
+- naive: our definition with its N x N arrays (`implementation="reference"`), differentiated by JAX.
+- memory: temporary bytes of the compiled program at N = 16,384, by the compiler, with nothing run.
+- --large: value and gradient at batch 32,768 from towers that run in parts (`vlm_jax.objectives.parts`).
+- --huge: value and gradient at N = 131,072, once (70 and 53 TFLOP).
+
+Exit status 1 where a target is missed: 3 times torch, 1.5 times naive, 1/16 of its memory. On a CPU whose products are
+slow beside its memory, 1.5 is out of reach for the softmax: it does 8 N² D operations to naive's 6.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+PAGES = "glibc.malloc.hugetlb=1"  # what the Makefile exports; for both sides, since it is one process
+if "GLIBC_TUNABLES" not in os.environ:
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": PAGES})
+THREADS = 2
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(THREADS)}
+
+import argparse
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from machine import cpu_model, versions
+from torch.nn import functional as F
+
+from vlm_jax.kernels import sigmoid_contrastive_loss, softmax_contrastive_loss
+from vlm_jax.kernels.contrastive.shapes import SHAPES, ContrastiveShape
+from vlm_jax.objectives.parts import in_parts
+
+TARGETS = {"torch": 3.0, "naive": 1.5, "memory": 16.0}
+LOSSES = {"softmax": softmax_contrastive_loss, "sigmoid": sigmoid_contrastive_loss}
+OPERATIONS = {"softmax": 8, "sigmoid": 6}  # of ours, times N² D
+
+
+def clip_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    labels = torch.arange(len(image))
+    per_image, per_text = scale * image @ text.T, scale * text @ image.T
+    return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
+
+
+def siglip_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    logits = scale * image @ text.T + bias
+    labels = 2 * torch.eye(len(image), dtype=image.dtype) - 1
+    return -F.logsigmoid(labels * logits).sum() / len(image)
+
+
+def ours(kind: str, implementation: str | None) -> Callable:
+    numbers = (0, 1, 2) if kind == "softmax" else (0, 1, 2, 3)
+    return jax.jit(jax.value_and_grad(functools.partial(LOSSES[kind], implementation=implementation), argnums=numbers))
+
+
+def of_torch(kind: str, arrays: tuple[np.ndarray, ...]) -> Callable:
+    tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
+
+    def run():
+        loss = (clip_loss if kind == "softmax" else siglip_loss)(*tensors)
+        return loss.item(), torch.autograd.grad(loss, tensors)
+
+    return run
+
+
+def seconds(call: Callable) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def arguments(kind: str, shape: ContrastiveShape) -> tuple[np.ndarray, ...]:
+    arrays = shape.arguments()
+    return tuple(arrays[name] for name in ("image", "text", "scale", "bias")[: 3 if kind == "softmax" else 4])
+
+
+def beside(kind: str, pairs: int, rounds: int) -> dict:
+    """Milliseconds of a value and its gradients, and how many times faster than the others."""
+    arrays = arguments(kind, ContrastiveShape(pairs, SHAPES["open_clip_benchmark"].width))
+    placed = tuple(map(jnp.asarray, arrays))
+    sides = {
+        "ours": functools.partial(ours(kind, None), *placed),
+        "naive": functools.partial(ours(kind, "reference"), *placed),
+        "torch": of_torch(kind, arrays),
+    }
+    values = {name: float(call()[0]) for name, call in sides.items()}
+    assert max(values.values()) - min(values.values()) < 1e-4 * max(1, *values.values()), values
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in sorted(sides, reverse=number % 2 == 1):
+            times[name].append(seconds(sides[name]))
+    work = OPERATIONS[kind] * pairs**2 * arrays[0].shape[1]
+    row = {f"{name}_ms": 1e3 * statistics.median(x) for name, x in times.items()}
+    row["gflops"] = work / statistics.median(times["ours"]) / 1e9
+    for name in ("torch", "naive"):
+        row[f"times_{name}"] = statistics.median(b / a for a, b in zip(times["ours"], times[name], strict=True))
+    return row
+
+
+def memory(kind: str, pairs: int) -> dict:
+    """Temporary MB of the compiled programs, the naive one's by ours."""
+    shapes = [jax.ShapeDtypeStruct(np.shape(x), np.float32) for x in arguments(kind, SHAPES["tiles"])]
+    shapes[:2] = [jax.ShapeDtypeStruct((pairs, SHAPES["large"].width), np.float32)] * 2
+    sizes = [
+        ours(kind, implementation).lower(*shapes).compile().memory_analysis().temp_size_in_bytes / 1e6
+        for implementation in (None, "reference")
+    ]
+    return {"ours_mb": sizes[0], "naive_mb": sizes[1], "times_memory": sizes[1] / sizes[0]}
+
+
+def products(size: int = 2048) -> dict[str, float]:
+    """GFLOP/s of a bare matrix product."""
+    a = np.random.default_rng(0).standard_normal((size, size), np.float32)
+    in_jax, in_torch = jnp.asarray(a), torch.tensor(a)
+    multiply = jax.jit(jnp.matmul)
+    calls = {"jax": lambda: multiply(in_jax, in_jax), "torch": lambda: in_torch @ in_torch}
+    jax.block_until_ready(calls["jax"]())
+    return {
+        name: 2 * size**3 / statistics.median(seconds(call) for _ in range(5)) / 1e9 for name, call in calls.items()
+    }
+
+
+def large(pairs: int = 32768, parts: int = 128) -> dict:
+    """A batch of 32,768 through two small towers (256 wide inputs, 2,048 hidden, 128 out), in parts of 256."""
+    rng = np.random.default_rng(0)
+    batch = {name: rng.standard_normal((parts, pairs // parts, 256), np.float32) for name in ("image", "text")}
+    shapes = {"in": (256, 2048), "out": (2048, 128)}
+    params = {
+        tower: {name: rng.standard_normal(shape, np.float32) * shape[0] ** -0.5 for name, shape in shapes.items()}
+        for tower in ("image", "text")
+    }
+
+    def encode(params, part):
+        def tower(weights, x):
+            x = jax.nn.gelu(x @ weights["in"]) @ weights["out"]
+            return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+        return {name: tower(params[name], part[name]) for name in part}
+
+    def gradient(embed):
+        return jax.jit(jax.value_and_grad(lambda p, b: softmax_contrastive_loss(**embed(p, b), scale=10.0)))
+
+    def whole(params, batch):
+        return encode(params, {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()})
+
+    in_few = gradient(functools.partial(in_parts, encode)).lower(params, batch).compile()
+    at_once = gradient(whole).lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+    start = time.perf_counter()
+    loss = float(in_few(params, batch)[0])
+    used = in_few.memory_analysis().temp_size_in_bytes
+    took = time.perf_counter() - start
+    return {"loss": loss, "seconds": took, "temporary_mb": used / 1e6, "temporary_mb_at_once": at_once / 1e6}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=SHAPES["open_clip_benchmark"].pairs)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--huge", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("contrastive.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+
+    result = {"cpu": cpu_model(), "versions": versions("jax", "torch"), "pairs": options.pairs, "products": products()}
+    print(result["cpu"], result["versions"], {name: f"{x:.0f} GFLOP/s" for name, x in result["products"].items()})
+    missed = []
+    for kind in LOSSES:
+        row = result[kind] = beside(kind, options.pairs, options.rounds) | memory(kind, SHAPES["large"].pairs)
+        print(f"{kind:8}", "  ".join(f"{name} {x:.4g}" for name, x in row.items()), flush=True)
+        missed += [f"{kind} {name}" for name, least in TARGETS.items() if row[f"times_{name}"] < least]
+    if options.large:
+        result["large"] = large()
+        print("large   ", "  ".join(f"{name} {x:.4g}" for name, x in result["large"].items()), flush=True)
+    if options.huge:
+        for kind in LOSSES:
+            arrays = arguments(kind, SHAPES["huge"])
+            took = seconds(functools.partial(ours(kind, None), *arrays))
+            result[f"huge_{kind}_seconds"] = took
+            print(f"huge {kind}: {took:.0f} s, compilation included", flush=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    if missed:
+        print("missed:", ", ".join(missed))
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
