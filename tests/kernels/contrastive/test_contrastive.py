@@ -309,7 +309,7 @@ def test_random_shapes(kind, monkeypatch) -> None:
     hypothesis = pytest.importorskip("hypothesis")
     integers = hypothesis.strategies.integers
 
-    @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+    @hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
     @hypothesis.given(
         integers(1, 200), integers(1, 40), integers(1, 64), integers(1, 64), hypothesis.strategies.floats(-100, 100)
     )
