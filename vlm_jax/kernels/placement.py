@@ -28,6 +28,28 @@ def check_implementation(implementation: str | None) -> None:
         )
 
 
+def choose(operation: str, mesh: AbstractMesh, refusal: str | None, implementation: str | None) -> str:
+    """The implementation to use; "auto" leaves the choice to the platform that the program is lowered for.
+
+    operation: its name, for errors. refusal: why the Pallas kernels cannot serve the call, if they cannot. Raises
+    `UsageError` where the one asked for is unknown or cannot serve it.
+    """
+    check_implementation(implementation)
+    platform = platform_of(mesh)
+    if implementation in ("reference", "xla"):
+        return implementation
+    if implementation is None:
+        return "xla" if refusal is not None else {"tpu": "pallas", None: "auto"}.get(platform, "xla")
+    if refusal is not None:
+        raise UsageError(f"{operation} cannot use {implementation!r}: {refusal}; or use implementation='xla' or None")
+    if implementation == "pallas" and platform not in ("tpu", None):
+        raise UsageError(
+            f"{operation} has no Pallas kernel for {platform}; use implementation='xla' or None"
+            + (", or 'pallas_interpret' to try the TPU's" if platform == "cpu" else "")
+        )
+    return implementation
+
+
 def mesh_of(*arrays: jax.Array | None) -> AbstractMesh:
     """The mesh in use (`jax.set_mesh`, or the enclosing shard_map), else that of the arguments; possibly empty."""
     mesh = jax.sharding.get_abstract_mesh()

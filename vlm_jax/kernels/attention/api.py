@@ -7,7 +7,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.errors import UsageError
 from vlm_jax.kernels import placement
 from vlm_jax.kernels.attention import reference, tpu, xla
 from vlm_jax.kernels.attention.reference import Mask, Rule
@@ -91,28 +90,15 @@ def attention(
 
 
 def _choose(mesh, rule, q, k, mask, bias, axis_name, implementation: str | None) -> str:
-    """The implementation to use; "auto" leaves the choice to the platform that the program is lowered for."""
-    placement.check_implementation(implementation)
-    if implementation in ("reference", "xla"):
-        return implementation
-    platform = placement.platform_of(mesh)
+    """As `placement.choose`."""
     refusal = tpu.refusal(rule, q.shape, k.shape, mask, bias)
     if refusal is None and axis_name is not None:
         refusal = "it does not split a sequence over devices (axis_name, or a sharded T)"
     if refusal is None and ((mesh.auto_axes and mesh.size > 1) or placement.varying_axes(q)):
         refusal = "the compiler does not partition it: use explicit mesh axes, or shard_map with check_vma=False"
-    if implementation is None:
-        if refusal is not None or q.shape[1] < tpu.SHORTEST:
-            return "xla"
-        return {"tpu": "pallas", None: "auto"}.get(platform, "xla")
-    if refusal is not None:
-        raise UsageError(f"attention cannot use {implementation!r}: {refusal}; or use implementation='xla' or None")
-    if implementation == "pallas" and platform not in ("tpu", None):
-        raise UsageError(
-            f"attention has no Pallas kernel for {platform}; use implementation='xla' or None"
-            + (", or 'pallas_interpret' to try the TPU's" if platform == "cpu" else "")
-        )
-    return implementation
+    if implementation is None and q.shape[1] < tpu.SHORTEST:
+        return "xla"
+    return placement.choose("attention", mesh, refusal, implementation)
 
 
 def _local(rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementation: str) -> jax.Array:

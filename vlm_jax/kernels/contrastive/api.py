@@ -87,27 +87,13 @@ def _call(kind: str, image, text, scalars, axis_name, implementation: str | None
 
 
 def _choose(kind: str, mesh, image, implementation: str | None) -> str:
-    """The implementation to use; "auto" leaves the choice to the platform that the program is lowered for."""
-    placement.check_implementation(implementation)
-    if implementation in ("reference", "xla"):
-        return implementation
-    name = f"{kind}_contrastive_loss"
-    platform = placement.platform_of(mesh)
+    """As `placement.choose`."""
     refusal = None
     if mesh.auto_axes and mesh.size > 1:
         refusal = "the compiler does not partition it: use explicit mesh axes, or shard_map"
     elif image.dtype not in (jnp.bfloat16, jnp.float32):
         refusal = f"it takes bfloat16 and float32 features, not {image.dtype}"
-    if implementation is None:
-        return "xla" if refusal else {"tpu": "pallas", None: "auto"}.get(platform, "xla")
-    if refusal is not None:
-        raise UsageError(f"{name} cannot use {implementation!r}: {refusal}; or use implementation='xla' or None")
-    if implementation == "pallas" and platform not in ("tpu", None):
-        raise UsageError(
-            f"{name} has no Pallas kernel for {platform}; use implementation='xla' or None"
-            + (", or 'pallas_interpret' to try the TPU's" if platform == "cpu" else "")
-        )
-    return implementation
+    return placement.choose(f"{kind}_contrastive_loss", mesh, refusal, implementation)
 
 
 def _local(kind: str, mesh, image, text, scalars, axis_name, choice: str) -> jax.Array:
