@@ -21,16 +21,11 @@ Exit status 1 where a target of the project is missed: train 1.3 times, generati
 from __future__ import annotations
 
 import os
-import sys
 
-PAGES = "glibc.malloc.hugetlb=1"  # what the Makefile exports; for both sides, since it is one process
-if "GLIBC_TUNABLES" not in os.environ:
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": PAGES})
-THREADS = 2
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false"}
-os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+from machine import THREADS, cpu_model, on_two_cores, versions
+
+on_two_cores()
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 import argparse
 import dataclasses
@@ -39,7 +34,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from machine import cpu_model, versions
+from beside import bare_products, in_turns, ratio, seconds
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -235,44 +230,6 @@ class Theirs:
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - began
-
-
-def in_turns(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side, round after round, each beginning with another side; a first round is not counted."""
-    took: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
-    for number in range(rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            one = seconds(sides[name])
-            if number:
-                took[name].append(one)
-    return took
-
-
-def ratio(took: Mapping[str, list[float]], theirs: str, ours: str) -> float:
-    return statistics.median(t / o for t, o in zip(took[theirs], took[ours], strict=True))
-
-
-def bare_products(rounds: int) -> dict[str, float]:
-    """GF/s of a product of large matrices, of either side."""
-    size, times = 2048, 4
-    a, b = (np.random.default_rng(i).standard_normal((size, size), np.float32) for i in range(2))
-    ja, jb, ta, tb = jnp.asarray(a), jnp.asarray(b), torch.tensor(a), torch.tensor(b)
-    product = jax.jit(jnp.matmul)
-    took = in_turns(
-        {
-            "jax": lambda: [product(ja, jb).block_until_ready() for _ in range(times)],
-            "torch": lambda: [ta @ tb for _ in range(times)],
-        },
-        2 * rounds,
-    )
-    return {name: times * 2 * size**3 / 1e9 / statistics.median(one) for name, one in took.items()}
 
 
 def measure_training(vlm: vlm_jax.VLM, model: Any, rounds: int) -> dict[str, Any]:

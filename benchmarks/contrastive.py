@@ -14,27 +14,20 @@ ratio the median of the rounds' ratios. Before that, values must agree to 1e-4.
 - --large: value and gradient at batch 32,768 from towers that run in parts (`vlm_jax.objectives.parts`).
 - --huge: value and gradient at N = 131,072, once (70 and 53 TFLOP).
 
-Exit status 1 where a target is missed: 3 times torch, 1.5 times naive, 1/16 of its memory. On a CPU whose products are
-slow beside its memory, 1.5 is out of reach for the softmax: it does 8 N² D operations to naive's 6.
+Exit status 1 where a target is missed: 3 times torch, 1.5 times naive, 1/16 of its memory.
 """
 
 from __future__ import annotations
 
-import os
-import sys
+from machine import THREADS, cpu_model, on_two_cores, versions
 
-PAGES = "glibc.malloc.hugetlb=1"  # what the Makefile exports; for both sides, since it is one process
-if "GLIBC_TUNABLES" not in os.environ:
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GLIBC_TUNABLES": PAGES})
-THREADS = 2
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
-os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(THREADS)}
+on_two_cores()
 
 import argparse
 import functools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from machine import cpu_model, versions
+from beside import bare_products, in_turns, ratio, seconds
 from torch.nn import functional as F
 
 from vlm_jax.kernels import sigmoid_contrastive_loss, softmax_contrastive_loss
@@ -82,12 +75,6 @@ def of_torch(kind: str, arrays: tuple[np.ndarray, ...]) -> Callable:
     return run
 
 
-def seconds(call: Callable) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
-
-
 def arguments(kind: str, shape: ContrastiveShape) -> tuple[np.ndarray, ...]:
     arrays = shape.arguments()
     return tuple(arrays[name] for name in ("image", "text", "scale", "bias")[: 3 if kind == "softmax" else 4])
@@ -104,15 +91,12 @@ def beside(kind: str, pairs: int, rounds: int) -> dict:
     }
     values = {name: float(call()[0]) for name, call in sides.items()}
     assert max(values.values()) - min(values.values()) < 1e-4 * max(1, *values.values()), values
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds):
-        for name in sorted(sides, reverse=number % 2 == 1):
-            times[name].append(seconds(sides[name]))
+    times = in_turns(sides, rounds)
     work = OPERATIONS[kind] * pairs**2 * arrays[0].shape[1]
     row = {f"{name}_ms": 1e3 * statistics.median(x) for name, x in times.items()}
     row["gflops"] = work / statistics.median(times["ours"]) / 1e9
     for name in ("torch", "naive"):
-        row[f"times_{name}"] = statistics.median(b / a for a, b in zip(times["ours"], times[name], strict=True))
+        row[f"times_{name}"] = ratio(times, name, "ours")
     return row
 
 
@@ -125,18 +109,6 @@ def memory(kind: str, pairs: int) -> dict:
         for implementation in (None, "reference")
     ]
     return {"ours_mb": sizes[0], "naive_mb": sizes[1], "times_memory": sizes[1] / sizes[0]}
-
-
-def products(size: int = 2048) -> dict[str, float]:
-    """GFLOP/s of a bare matrix product."""
-    a = np.random.default_rng(0).standard_normal((size, size), np.float32)
-    in_jax, in_torch = jnp.asarray(a), torch.tensor(a)
-    multiply = jax.jit(jnp.matmul)
-    calls = {"jax": lambda: multiply(in_jax, in_jax), "torch": lambda: in_torch @ in_torch}
-    jax.block_until_ready(calls["jax"]())
-    return {
-        name: 2 * size**3 / statistics.median(seconds(call) for _ in range(5)) / 1e9 for name, call in calls.items()
-    }
 
 
 def large(pairs: int = 32768, parts: int = 128) -> dict:
@@ -164,9 +136,9 @@ def large(pairs: int = 32768, parts: int = 128) -> dict:
 
     in_few = gradient(functools.partial(in_parts, encode)).lower(params, batch).compile()
     at_once = gradient(whole).lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+    used = in_few.memory_analysis().temp_size_in_bytes
     start = time.perf_counter()
     loss = float(in_few(params, batch)[0])
-    used = in_few.memory_analysis().temp_size_in_bytes
     took = time.perf_counter() - start
     return {"loss": loss, "seconds": took, "temporary_mb": used / 1e6, "temporary_mb_at_once": at_once / 1e6}
 
@@ -181,7 +153,12 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
 
-    result = {"cpu": cpu_model(), "versions": versions("jax", "torch"), "pairs": options.pairs, "products": products()}
+    result = {
+        "cpu": cpu_model(),
+        "versions": versions("jax", "torch"),
+        "pairs": options.pairs,
+        "products": bare_products(2),
+    }
     print(result["cpu"], result["versions"], {name: f"{x:.0f} GFLOP/s" for name, x in result["products"].items()})
     missed = []
     for kind in LOSSES:
