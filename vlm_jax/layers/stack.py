@@ -61,7 +61,7 @@ def scan_layers(
     last carry and the stacked ys.
 
     On one CPU a few layers run without a loop: around one, XLA clears, copies and rewrites the stacks of all that the
-    backward pass needs, which is a tenth of the step of a small model.
+    backward pass needs, which a small model notices.
     """
     graph, state = nnx.split(layers)
     if first is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -306,7 +307,6 @@ def test_gradients_that_cannot_be_told_apart_are_refused(explicit_mesh) -> None:
 @pytest.mark.slow
 @KINDS
 def test_random_shapes(kind, monkeypatch) -> None:
-    hypothesis = pytest.importorskip("hypothesis")
     integers = hypothesis.strategies.integers
 
     @hypothesis.settings(max_examples=30, deadline=None, derandomize=True)

@@ -66,9 +66,9 @@ def _softmax_forward(plan: Plan, image, text, scale):
     def sums(block, offset):
         return plan.call("softmax_sums", image, block, scale, offset)
 
-    rows, columns = _visit(plan, text, sums, _log_add)
+    rows, columns = _visit(plan, text, sums, jnp.logaddexp)
     partner = scale * _partners(image, text)
-    losses = _softplus(rows - partner) + _softplus(columns - partner)
+    losses = jax.nn.softplus(rows - partner) + jax.nn.softplus(columns - partner)
     return losses.sum() / (2 * len(image) * plan.devices), (image, text, scale, partner, rows, columns)
 
 
@@ -98,7 +98,7 @@ def sigmoid_loss(plan: Plan, image: jax.Array, text: jax.Array, scale: jax.Array
 
     values, _ = _visit(plan, text, sums, jnp.add)
     partner = scale * _partners(image, text) + bias
-    return (values + _softplus(-partner)).sum() / (len(image) * plan.devices)
+    return (values + jax.nn.softplus(-partner)).sum() / (len(image) * plan.devices)
 
 
 def _sigmoid_forward(plan: Plan, image, text, scale, bias):
@@ -112,7 +112,7 @@ def _sigmoid_forward(plan: Plan, image, text, scale, bias):
     count = len(image) * plan.devices
     d_image, d_text, d_scale = _finish(image, text, scale, d_image, d_text, slope, 1 / count)
     d_bias = (slopes + slope).sum() / count
-    return (values + _softplus(-partner)).sum() / count, (d_image, d_text, d_scale, d_bias)
+    return (values + jax.nn.softplus(-partner)).sum() / count, (d_image, d_text, d_scale, d_bias)
 
 
 def _sigmoid_backward(plan: Plan, gradients, factor):
@@ -135,19 +135,11 @@ def _partners(image, text):
     return (image.astype(dtype) * text.astype(dtype)).sum(1)
 
 
-def _softplus(x):
-    return xla.softplus_and_sigmoid(x)[0]
-
-
-def _log_add(a, b):
-    return jnp.logaddexp(a, b)
-
-
 # -------------------------------------------------------------------------------------------------------------- devices
 
 
 def _visit(plan: Plan, block, compute: Callable, merge: Callable):
-    """What `compute(block, offset)` gives over the blocks of all devices, merged by jnp.add or `_log_add`.
+    """What `compute(block, offset)` gives over the blocks of all devices, merged by jnp.add or jnp.logaddexp.
 
     `block` is this device's: a tree of [n, ..]. `compute` returns two trees: one of this device's images, merged here,
     and one of the block's texts, merged on the way and returned to the device that the block came from.

@@ -1,6 +1,6 @@
 """The pairs of a block of images and a block of texts, tile by tile, in plain XLA: no array of all pairs exists.
 
-The three operations here, and their twins in `tpu.py`, know only *negative* pairs. Image i of the block and text j are
+The operations here, and their twins in `tpu.py`, know only *negative* pairs. Image i of the block and text j are
 partners where j == i + `offset`; partners are left out, because `loss.py` adds them exactly and in float32, at O(N D).
 On a CPU a tile is sized for the cache, and the factors are laid out so that no product has a large transposed one.
 """
