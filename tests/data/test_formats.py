@@ -33,6 +33,7 @@ from vlm_jax.data import (
 from vlm_jax.data.formats import FORMATS
 from vlm_jax.data.images import Picture
 from vlm_jax.data.loader import Loader
+from vlm_jax.data.prepare import main as prepare
 from vlm_jax.errors import UsageError
 
 IMAGE = "photos/bus.jpg"
@@ -95,6 +96,25 @@ def test_each_form_gives_the_same_record(page: Path, name: str, monkeypatch: pyt
     assert record == Record("7", EXAMPLES[name], record.images)
     (image,) = record.images
     assert Picture(image, source.images).encoded == (page / IMAGE).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("rows.parquet", "parquet"),
+        ("tfds:bus_photos:train", "tfds"),
+        ("bus_photos:train", "tfds"),
+        ("obelics.json", "json"),
+    ],
+)
+def test_shards_of_a_form_give_the_same_record(page: Path, tmp_path: Path, name: str, kind: str, monkeypatch) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(page / "prepared"))
+    monkeypatch.chdir(page)
+    folder = [] if kind == "tfds" else [f"--images={page}"]
+    prepare([f"--from={kind}", name, f"--output={tmp_path}/out", "--validation=0", *folder])
+    (record,) = open_source(tmp_path / "out/train")
+    expected = EXAMPLES.get(name, CONVERSATION)
+    assert record == Record("7", expected, ((page / IMAGE).read_bytes(),))
 
 
 def test_every_form_is_trained_on(page: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,8 +43,8 @@ def check_cleanable(sources: Sequence[Source], folder: Path) -> None:
     for source in sources:
         if not isinstance(source, JsonSource):
             raise UsageError(
-                f"--fix writes copies of .json and .jsonl files, and {source.path} is none; leave --fix out and take "
-                "what faults.jsonl lists out of it"
+                f"--fix writes copies of .json and .jsonl files, and {source.path} is none; leave --fix out, and make "
+                "shards of it, which leave out bad records: python -m vlm_jax.data.prepare"
             )
     names = [source.path.name for source in sources]
     if len(set(names)) != len(names):
