@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 
@@ -19,3 +20,14 @@ def explicit_mesh() -> Callable[..., Mesh]:
         return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3, devices=devices)
 
     return make
+
+
+@pytest.fixture(params=["v4:2x2x1", "v5e:2x2", "v5:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def tpu_chips(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[jax.Device]:
+    """Chips of one kind to compile for; none is there. Skips the test without libtpu."""
+    pytest.importorskip("libtpu")
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for name, value in (settings | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
+        monkeypatch.setenv(name, value)
+    hosts = {"chips_per_host_bounds": (2, 2, 1)} if request.param.count("x") == 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=request.param, **hosts).devices

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vlm_jax.errors import UsageError
-from vlm_jax.kernels import attention
-from vlm_jax.kernels.attention import xla
-from vlm_jax.kernels.attention.shapes import SMALL, AttentionShape
+from vlm_jax.kernels import attention, custom_calls
+from vlm_jax.kernels.attention import short, tpu, xla
+from vlm_jax.kernels.attention.shapes import SHAPES, SMALL, AttentionShape
 
 # Sums of some dozens of float32 products of order 1; the largest gradient here is about 10.
 TOLERANCE = 2e-5
@@ -98,9 +98,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(xla, "choose_blocks", choose)
 
 
-INTERPRETED = ["odd_causal_grouped", "packed_window_softcap", "cross_packed"]
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_equals_the_definition(name, small_blocks) -> None:
     arrays, options, d_out = made(SMALL[name])
@@ -109,11 +106,36 @@ def test_equals_the_definition(name, small_blocks) -> None:
     assert_close(run(arrays, {**options, "implementation": "xla"}, d_out), want)
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
-def test_one_block_and_the_tpu_kernel_equal_the_definition(name) -> None:
+GROUPED = ["odd_causal_grouped", "packed_window_softcap", "cross_packed"]
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_one_block_equals_the_definition(name) -> None:
+    arrays, options, d_out = made(SMALL[name])
+    assert_close(run(arrays, {**options, "implementation": "xla"}, d_out), definition(arrays, options, d_out))
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_splash_equals_the_definition(name, monkeypatch) -> None:
+    monkeypatch.setattr(short, "MOST_KEYS", 0)
     arrays, options, d_out = made(SMALL[name])
     want = definition(arrays, options, d_out)
-    assert_close(run(arrays, {**options, "implementation": "xla"}, d_out), want)
+    assert_close(run(arrays, {**options, "implementation": "pallas_interpret"}, d_out), want)
+
+
+# Blocks beyond the end of T and S, several blocks and programs, heads that fill lanes and heads that do not.
+SHORT = {name: shape for name, shape in SMALL.items() if shape.bias is None} | {
+    "two_blocks": AttentionShape(2, 200, 150, 4, 2, 64, segments=3),
+    "two_programs": AttentionShape(1, 130, 70, 4, 4, 64, causal=True, positions="last"),
+    "seventy_two": AttentionShape(1, 140, 140, 3, 3, 72),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_the_kernel_for_short_sequences_equals_the_definition(name, monkeypatch) -> None:
+    monkeypatch.setattr(short, "_SCORES", 2**14)
+    arrays, options, d_out = made(SHORT[name])
+    want = definition(arrays, options, d_out)
     assert_close(run(arrays, {**options, "implementation": "pallas_interpret"}, d_out), want)
 
 
@@ -253,17 +275,23 @@ def lowered_for_tpu(call, *args) -> str:
     return jax.jit(call).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
 
 
-def test_none_is_splash_where_the_call_is_lowered_for_a_tpu(explicit_mesh) -> None:
-    q = jax.ShapeDtypeStruct((2, 300, 4, 64), jnp.bfloat16)
-    ids = jax.ShapeDtypeStruct((2, 300), jnp.int32)
+def test_none_is_a_kernel_where_the_call_is_lowered_for_a_tpu(explicit_mesh) -> None:
+    def shapes(length):
+        return jax.ShapeDtypeStruct((2, length, 4, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, length), jnp.int32)
 
     def call(q, ids, **options):
         return attention(q, q, q, causal=True, q_segment_ids=ids, kv_segment_ids=ids, **options)
 
-    gradient = jax.grad(lambda q, ids: call(q, ids).astype(jnp.float32).sum())
-    assert lowered_for_tpu(gradient, q, ids).count("tpu_custom_call") == 3  # forward, dq, dkv
-    for options in ({"implementation": "xla"}, {"q_positions": jnp.zeros((2, 300), int)}):
-        assert "tpu_custom_call" not in lowered_for_tpu(lambda q, ids, o=options: call(q, ids, **o), q, ids)
+    def gradient(q, ids, **options):
+        return jax.grad(lambda q: call(q, ids, **options).astype(jnp.float32).sum())(q)
+
+    assert lowered_for_tpu(gradient, *shapes(300)).count("tpu_custom_call") == 2  # forward, backward
+    assert lowered_for_tpu(gradient, *shapes(1500)).count("tpu_custom_call") == 3  # splash: forward, dq, dkv
+    order = {"q_positions": jnp.zeros((2, 1500), int)}  # which splash does not know
+    assert lowered_for_tpu(lambda *args: gradient(*args, **order), *shapes(1500)).count("tpu_custom_call") == 2
+    for length, options in ((300, {"implementation": "xla"}), (3000, {"q_positions": jnp.zeros((2, 3000), int)})):
+        assert "tpu_custom_call" not in lowered_for_tpu(lambda *a, o=options: call(*a, **o), *shapes(length))
+    q, ids = shapes(300)
     assert "custom_call" not in jax.jit(call).lower(q, ids).as_text()
 
     # Ahead of time for a mesh of TPUs, the mesh says it while tracing.
@@ -271,19 +299,14 @@ def test_none_is_splash_where_the_call_is_lowered_for_a_tpu(explicit_mesh) -> No
     mesh = explicit_mesh(2, 1, 1).abstract_mesh.update(abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         sharded = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P("data"))) for x in (q, ids)]
-        assert "splash" in str(jax.make_jaxpr(call)(*sharded))
+        assert "attention_short" in str(jax.make_jaxpr(call)(*sharded))
 
 
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
         ({"implementation": "palas"}, UsageError, "did you mean 'pallas'"),
-        ({"implementation": "pallas_interpret", "bias": np.zeros((1, 1, 1, 8))}, UsageError, "takes no bias"),
-        (
-            {"implementation": "pallas_interpret", "causal": True, "q_positions": np.zeros((2, 8), int)},
-            UsageError,
-            "index",
-        ),
+        ({"implementation": "pallas_interpret", "bias": np.zeros((1, 1, 1, 8))}, UsageError, "take no bias"),
         ({"q_segment_ids": np.ones((2, 8), int)}, ValueError, "together"),
         ({"q_positions": np.ones((1, 8), int)}, ValueError, "expected q_positions"),
         ({"causal": True, "k": np.ones((2, 9, 2, 4)), "v": np.ones((2, 9, 2, 4))}, ValueError, "give q_positions"),
@@ -302,3 +325,45 @@ def test_pallas_on_a_cpu_mesh_says_what_to_use(explicit_mesh) -> None:
     x = jnp.ones((1, 128, 1, 8))
     with jax.set_mesh(explicit_mesh(1, 1, 1)), pytest.raises(UsageError, match=r"no Pallas kernel for cpu.*'xla'"):
         attention(x, x, x, implementation="pallas")
+
+
+def test_many_keys_in_an_order_of_their_own_are_refused() -> None:
+    x = jnp.ones((1, 3000, 1, 8))
+    with pytest.raises(UsageError, match=r"beyond 2,048 keys .* leave q_positions"):
+        attention(x, x, x, causal=True, q_positions=jnp.zeros((1, 3000), int), implementation="pallas_interpret")
+
+
+# -------------------------------------------------------------------------------------------------------- ahead of time
+
+MODELS = ["clip_l14_336", "siglip_so400m_384", "mistral_7b", "flamingo_cross", "blip2_qformer", "paligemma_prefix"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_compiles_for_tpus_ahead_of_time(name, tpu_chips) -> None:
+    """Forward and backward; needs libtpu, no TPU (`pip install -e ".[plan]"`)."""
+    shape = SHAPES[name]
+    mesh = Mesh(np.array(tpu_chips[:1]), ("data",), axis_types=(AxisType.Explicit,))
+    whole = NamedSharding(mesh, P())
+    arrays, options = shape.arguments()
+    arrays = {key: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=whole) for key, x in arrays.items()}
+    known = {key: x for key, x in options.items() if not isinstance(x, np.ndarray)}
+    ids = {
+        key: jax.ShapeDtypeStruct(x.shape, jnp.int32, sharding=whole)
+        for key, x in options.items()
+        if isinstance(x, np.ndarray)
+    }
+
+    def step(arrays, ids, d_out):
+        out, pull = jax.vjp(lambda arrays: attention(**arrays, **ids, **known), arrays)
+        return out, pull(d_out)
+
+    with jax.set_mesh(mesh):
+        calls = custom_calls(jax.jit(step).lower(arrays, ids, arrays["q"]).compile())
+    if tpu_chips[0].device_kind in tpu.FAST_MEMORY:  # too little of it for most, which splash or XLA serves
+        return
+    kernels = ["attention_short", "attention_short_gradients"]
+    if name == "mistral_7b":
+        kernels = [f"splash_mha_{part}" for part in ("dkv_", "dq_", "fwd_")]
+    found = sorted(call for call in calls if call.startswith(("attention", "splash")))
+    assert all(call.startswith(kernel) for call, kernel in zip(found, kernels, strict=True)), calls

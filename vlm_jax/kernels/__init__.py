@@ -7,5 +7,6 @@ Every operation is a folder: `api.py` (the public function), `reference.py` (pla
 from vlm_jax.kernels.attention.api import attention
 from vlm_jax.kernels.contrastive.api import sigmoid_contrastive_loss, softmax_contrastive_loss
 from vlm_jax.kernels.cross_entropy.api import linear_cross_entropy
+from vlm_jax.kernels.custom_calls import custom_calls
 
-__all__ = ["attention", "linear_cross_entropy", "sigmoid_contrastive_loss", "softmax_contrastive_loss"]
+__all__ = ["attention", "custom_calls", "linear_cross_entropy", "sigmoid_contrastive_loss", "softmax_contrastive_loss"]

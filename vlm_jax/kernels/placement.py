@@ -64,11 +64,13 @@ def platform_of(mesh: AbstractMesh) -> str | None:
 
     None where there is no mesh: what is lowered for is then known only to `jax.lax.platform_dependent`.
     """
-    device = mesh.abstract_device
-    if device is None:
-        return None
-    kind = device.device_kind.lower()
-    return next((platform for platform in ("tpu", "cpu") if kind.startswith(platform)), "gpu")
+    kind = (device_kind(mesh) or "").lower()
+    return next((platform for platform in ("tpu", "cpu") if kind.startswith(platform)), "gpu") if kind else None
+
+
+def device_kind(mesh: AbstractMesh) -> str | None:
+    """As jax names it ("TPU v4", "NVIDIA H200"), or None where there is no mesh."""
+    return None if mesh.abstract_device is None else mesh.abstract_device.device_kind
 
 
 def spec_of(array: jax.Array) -> tuple[Axes, ...]:

@@ -50,14 +50,15 @@ def attention(
             Default: the index. Prefix-LM gives the whole prefix 0. Needed where T != S.
         kv_positions: int32 [B, S]. Default: the index.
         sliding_window: number of positions that a query sees, itself included.
-        bias: broadcastable to [B, H, T, S], added after the soft cap; differentiable. Not for the Pallas kernel.
+        bias: broadcastable to [B, H, T, S], added after the soft cap; differentiable. Not for the Pallas kernels.
         softcap: softcap * tanh(scores / softcap) replaces the scores.
         scale: default 1 / sqrt(D).
         axis_name: inside shard_map, the mesh axis (or axes) over which T and S are sharded: keys, values and their
             segment ids and positions are gathered, the queries stay. Positions are then global; `bias` has S whole.
         implementation: "reference" (the definition, [B, H, T, S] in float32), "xla" (in blocks, anywhere), "pallas"
-            (TPU: splash attention), "pallas_interpret" (the same on a CPU, slowly), or None: splash where the call is
-            lowered for a TPU and splash can serve it, else "xla". The platform is that of the mesh, if there is one.
+            (TPU: `tpu.py` says which kernel), "pallas_interpret" (the same on a CPU, slowly), or None: a kernel where
+            the call is lowered for a TPU and one can serve it, else "xla". The platform is that of the mesh, if there
+            is one.
 
     Returns:
         [B, T, H, D] in q's dtype; the softmax and all sums are float32.
@@ -91,12 +92,12 @@ def attention(
 
 def _choose(mesh, rule, q, k, mask, bias, axis_name, implementation: str | None) -> str:
     """As `placement.choose`."""
-    refusal = tpu.refusal(rule, q.shape, k.shape, mask, bias)
+    refusal = tpu.refusal(rule, q, k, mask, bias, placement.device_kind(mesh))
     if refusal is None and axis_name is not None:
         refusal = "it does not split a sequence over devices (axis_name, or a sharded T)"
     if refusal is None and ((mesh.auto_axes and mesh.size > 1) or placement.varying_axes(q)):
         refusal = "the compiler does not partition it: use explicit mesh axes, or shard_map with check_vma=False"
-    if implementation is None and q.shape[1] < tpu.SHORTEST:
+    if implementation is None and not tpu.worthwhile(q.shape, k.shape):
         return "xla"
     return placement.choose("attention", mesh, refusal, implementation)
 
@@ -112,15 +113,16 @@ def _local(rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementation: str
         return reference.attention(q, k, v, mask, bias, rule=rule)
     if implementation == "xla":
         return xla.attention(q, k, v, mask, bias, rule=rule, platform=platform)
-    return tpu.attention(q, k, v, mask, rule=rule, interpret=implementation == "pallas_interpret")
+    kind, interpret = placement.device_kind(placement.mesh_of(q)), implementation == "pallas_interpret"
+    return tpu.attention(q, k, v, mask, rule=rule, device_kind=kind, interpret=interpret)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _by_platform(rule: Rule, platform: str, q, k, v, mask: Mask) -> jax.Array:
     """Without a mesh the platform is known when the program is lowered, not while it is traced."""
-    splash = functools.partial(tpu.attention, rule=rule)
+    on_tpu = functools.partial(tpu.attention, rule=rule)
     in_blocks = functools.partial(xla.attention, bias=None, rule=rule, platform=platform)
-    return jax.lax.platform_dependent(q, k, v, mask, tpu=splash, default=in_blocks)
+    return jax.lax.platform_dependent(q, k, v, mask, tpu=on_tpu, default=in_blocks)
 
 
 def _gather(rule: Rule, q, k, v, mask: Mask, axis_name) -> tuple[jax.Array, jax.Array, Mask]:

@@ -1,95 +1,54 @@
-"""Attention on a TPU: jax's splash attention kernel, made to keep this package's contract.
+"""Attention on a TPU: which Pallas kernel serves a call.
 
-Splash divides 0 by 0 in a row that sees nothing. It is given one attention sink per head at -1e30, which weighs nothing
-beside any key and makes an empty row's sum 1: value 0, gradient 0, no NaN. Source: jax.experimental.pallas.ops.tpu.
-splash_attention; the tile sizes follow the tables of tokamax (best at 1024 and more, 128 never).
+`short.py` where it can; `splash.py` for longer keys, and for what is ordered by index and longer than one of its
+blocks, of which it skips those that nobody sees.
 """
 
 from __future__ import annotations
 
-import math
-
 import jax
-import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from vlm_jax.kernels.attention import short, splash
 from vlm_jax.kernels.attention.reference import Mask, Rule
 
-SHORTEST = 128  # queries; below, the kernel would mostly compute padding (decoding, a handful of latents)
-_LANES = 128
-_SINK = -1e30
+FAST_MEMORY = {"TPU v2": 16, "TPU v3": 16, "TPU v4": 16}  # MB of VMEM; of later chips at least 64
 
 
 def refusal(
-    rule: Rule, q_shape: tuple[int, ...], kv_shape: tuple[int, ...], mask: Mask, bias: jax.Array | None
+    rule: Rule, q: jax.Array, k: jax.Array, mask: Mask, bias: jax.Array | None, device_kind: str | None
 ) -> str | None:
-    """Why splash cannot serve a call, as a clause; None if it can."""
+    """Why neither kernel can serve a call, as a clause; None if one can."""
     if bias is not None:
-        return "splash attention takes no bias"
-    if rule.ordered and (mask.q_positions is not None or mask.kv_positions is not None):
-        return "splash attention orders by index, so leave q_positions and kv_positions out"
-    return None
+        return "the kernels take no bias"
+    if _fits(q, k, device_kind) or splash.serves(rule, mask):
+        return None
+    return f"beyond {short.MOST_KEYS:,} keys it orders by index, so leave q_positions and kv_positions out"
+
+
+def worthwhile(q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> bool:
+    """Whether a kernel does more than fill up its blocks: not in decoding, or for a handful of latents."""
+    return q_shape[1] >= (short.FEWEST_QUERIES if kv_shape[1] <= short.MOST_KEYS else splash.FEWEST_QUERIES)
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, rule: Rule, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *,
+    rule: Rule,
+    device_kind: str | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
-    """As `reference.attention` without a bias, for calls that `refusal` lets through."""
-    queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
-    block_q, padded_q = _tile(queries)
-    block_kv, padded_kv = _tile(keys)
-
-    def pad(array, length):  # [B, T, H, D] -> [B, H, padded, D]
-        return jnp.pad(array, ((0, 0), (0, length - array.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
-
-    q_ids, kv_ids = mask.q_segment_ids, mask.kv_segment_ids
-    if q_ids is None and padded_kv > keys:
-        q_ids, kv_ids = jnp.ones(q.shape[:2], jnp.int32), jnp.ones(k.shape[:2], jnp.int32)
-    segments = sinks = None
-    if q_ids is not None:  # 0 must not see 0: two ids that differ, and that nobody uses
-        nobody = jnp.iinfo(jnp.int32).min
-        q_ids = jnp.pad(q_ids, ((0, 0), (0, padded_q - queries)))
-        kv_ids = jnp.pad(kv_ids, ((0, 0), (0, padded_kv - keys)))
-        segments = splash.SegmentIds(jnp.where(q_ids == 0, nobody, q_ids), jnp.where(kv_ids == 0, nobody + 1, kv_ids))
-        sinks = jnp.full((heads,), _SINK, jnp.float32)
-
-    shape = (padded_q, padded_kv)
-    if rule.sliding_window is not None:
-        seen = splash.LocalMask(shape, (rule.sliding_window - 1, 0 if rule.causal else None), 0)
-    else:
-        seen = splash.CausalMask(shape) if rule.causal else splash.FullMask(shape)
-    compute = _compute_tile(block_kv)
-    kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([seen] * heads),
-        block_sizes=splash.BlockSizes(
-            block_q=block_q,
-            block_kv=block_kv,
-            block_kv_compute=compute,
-            block_q_dkv=block_q,
-            block_kv_dkv=block_kv,
-            block_kv_dkv_compute=compute,
-            block_q_dq=block_q,
-            block_kv_dq=block_kv,
-        ),
-        head_shards=1,
-        q_seq_shards=1,
-        attn_logits_soft_cap=rule.softcap,
-        interpret=interpret,
-    )
-    q = q * jnp.asarray(rule.scale, q.dtype)
-    out = jax.vmap(kernel, in_axes=(0, 0, 0, None if segments is None else 0, None))(
-        pad(q, padded_q), pad(k, padded_kv), pad(v, padded_kv), segments, sinks
-    )
-    return out.swapaxes(1, 2)[:, :queries]
+    """As `reference.attention` without a bias, for calls that `refusal` lets through. device_kind: as jax names it;
+    None where it is not known."""
+    skips = rule.ordered and k.shape[1] > splash.BLOCK
+    fits = _fits(q, k, device_kind)
+    kernel = splash if splash.serves(rule, mask) and (skips or not fits) else short
+    return kernel.attention(q, k, v, mask, rule=rule, interpret=interpret)
 
 
-def _tile(length: int) -> tuple[int, int]:
-    """The tile and the padded length: the fewest equal tiles of at most 1024, in whole lanes."""
-    tiles = math.ceil(length / 1024)
-    tile = math.ceil(length / tiles / _LANES) * _LANES
-    return tile, tile * tiles
-
-
-def _compute_tile(tile: int) -> int:
-    """The part of a key tile that is multiplied at once: its largest divisor of at most 768 in whole lanes."""
-    return next(size for size in range(768, 0, -_LANES) if tile % size == 0)
+def _fits(q: jax.Array, k: jax.Array, device_kind: str | None) -> bool:
+    memory = FAST_MEMORY.get(device_kind or "", 64) * 2**20
+    needed = short.Plan.make(q.shape, k.shape).fast_memory(q.dtype.itemsize)
+    return k.shape[1] <= short.MOST_KEYS and needed <= memory

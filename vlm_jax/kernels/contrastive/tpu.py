@@ -105,8 +105,8 @@ class _Call:
         self.interpret = interpret
         self.counts = image.shape[0], text.shape[0]
         width = math.ceil(image.shape[1] / _LANES) * _LANES
-        self.rows, images = _tile(image.shape[0], width)
-        self.columns, self.texts = _tile(text.shape[0], width)
+        self.rows, images = tile(image.shape[0], width)
+        self.columns, self.texts = tile(text.shape[0], width)
         self.grid = images // self.rows, self.texts // self.columns
         self.image, self.text = (
             _pad(_pad(x, 1, _LANES), 0, size) for x, size in zip((image, text), (self.rows, self.columns), strict=True)
@@ -322,11 +322,11 @@ def _as_column(row):
     return jnp.broadcast_to(row, (_LANES, row.shape[1])).T[:, :1]
 
 
-def _tile(length: int, width: int) -> tuple[int, int]:
+def tile(length: int, width: int) -> tuple[int, int]:
     """The tile and the padded length: the fewest equal tiles of at most 512 (256 for wide features), in whole lanes."""
     tiles = math.ceil(length / (512 if width <= 1024 else 256))
-    tile = math.ceil(length / tiles / _LANES) * _LANES
-    return tile, tile * tiles
+    size = math.ceil(length / tiles / _LANES) * _LANES
+    return size, size * tiles
 
 
 def _pad(array, axis: int, multiple: int):
