@@ -55,7 +55,7 @@ def of_torch(hidden, kernel, labels) -> Callable[[], Any]:
 
     def run():
         loss = F.cross_entropy(x @ w, y, ignore_index=IGNORE, reduction="sum")
-        return loss, *torch.autograd.grad(loss, (x, w))
+        return loss.detach(), *torch.autograd.grad(loss, (x, w))
 
     return run
 
