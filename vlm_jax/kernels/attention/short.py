@@ -236,10 +236,10 @@ def _forward_kernel(mask, q, k, v, out, logsumexp, v_turned, columns, *, plan: P
         for n in range(plan.per_program):
             v_turned[n] = _of_head(v, n, plan.features, plan.keys).T
 
-    seen = _seen(plan, rule, mask, columns)
+    seen, left = _seen(plan, rule, mask, columns), _left(plan)
 
     def begin(h):
-        query = _scaled(_of_head(q, h, plan.features), rule)
+        query = _scaled(_of_head(q, h, plan.features, left), rule)
         return _scores(_of_head(k, h // plan.group, plan.features), query, rule, seen)[0]
 
     heads = plan.per_program * plan.group
@@ -273,14 +273,13 @@ def _backward_kernel(
             d_values[n] = jnp.zeros_like(d_values[n])
 
     seen = _seen(plan, rule, mask, columns)
-    left = plan.queries - i * plan.block  # beyond the end, a block holds anything
-    inside = jax.lax.broadcasted_iota(jnp.int32, (1, plan.block), 1) < left
+    left = _left(plan)
     for h in range(plan.per_program * plan.group):
         n = h // plan.group
         query = _scaled(_of_head(q, h, features, left), rule)
         d_result = _of_head(d_out, h, features, left)
         scores, slope = _scores(keys[n], query, rule, seen)
-        weights = jnp.exp(scores - jnp.where(inside, logsumexp[h : h + 1], 0))
+        weights = jnp.exp(scores - logsumexp[h : h + 1])
         d_scores = weights * (_dot(values[n], d_result, 1, 1) - delta[h : h + 1])
         if slope is not None:
             d_scores = d_scores * slope
@@ -295,6 +294,11 @@ def _backward_kernel(
         for n in range(plan.per_program):
             d_k[:, _lanes(n, features)] = d_keys[n].astype(d_k.dtype)
             d_v[:, _lanes(n, features)] = d_values[n].astype(d_v.dtype)
+
+
+def _left(plan: Plan):
+    """Queries from the first of this block on: beyond the end, a block holds anything. None if the blocks end there."""
+    return None if plan.all_queries == plan.queries else plan.queries - pl.program_id(2) * plan.block
 
 
 def _lanes(head: int, features: int) -> slice:
