@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from vlm_jax.kernels import placement
 from vlm_jax.kernels.attention import reference, tpu, xla
@@ -174,7 +175,9 @@ def _wrapped(mesh, rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementat
         has = (axes if size > 1 else () for axes, size in zip((batch, heads, length, ()), bias.shape, strict=True))
         specs.append(partition(*has))
     arrays = [q, k, v, *mask] + ([] if bias is None else [bias])
-    arrays = [None if x is None else jax.reshard(x, spec) for x, spec in zip(arrays, specs, strict=True)]
+    arrays = [
+        None if x is None else jax.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)
+    ]
     specs = [None if x is None else spec for x, spec in zip(arrays, specs, strict=True)]
     call = jax.shard_map(
         body,

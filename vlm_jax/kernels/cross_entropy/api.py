@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from vlm_jax.errors import UsageError
 from vlm_jax.kernels import placement
@@ -105,7 +106,9 @@ def _wrapped(mesh, settings: Settings, implementation, hidden, kernel, bias, lab
     by_token, by_entry = partition(token_axes), partition(entry_axes)
     specs = (partition(token_axes, ()), partition((), entry_axes), by_entry, by_token, by_token)
     arrays = (hidden, kernel, bias, labels, weights)
-    arrays = tuple(None if x is None else jax.reshard(x, spec) for x, spec in zip(arrays, specs, strict=True))
+    arrays = tuple(
+        None if x is None else jax.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)
+    )
     specs = tuple(None if x is None else spec for x, spec in zip(arrays, specs, strict=True))
     call = jax.shard_map(
         body, mesh=mesh, in_specs=specs, out_specs=(partition(), by_token), axis_names=set(mesh.explicit_axes)
