@@ -24,6 +24,7 @@ from machine import THREADS, cpu_model, on_two_cores, versions
 on_two_cores()
 
 import argparse
+import dataclasses
 import functools
 import json
 import statistics
@@ -170,10 +171,13 @@ def main() -> int:
         print("large   ", "  ".join(f"{name} {x:.4g}" for name, x in result["large"].items()), flush=True)
     if options.huge:
         for kind in LOSSES:
-            arrays = arguments(kind, ContrastiveShape(131_072, options.huge))
+            arrays = arguments(kind, dataclasses.replace(SHAPES["huge"], width=options.huge))
             took = seconds(functools.partial(ours(kind, None), *arrays))
             result[f"huge_{kind}_seconds"] = took
-            print(f"N = 131,072, D = {options.huge}, {kind}: {took:.0f} s, compilation included", flush=True)
+            print(
+                f"N = {SHAPES['huge'].pairs:,}, D = {options.huge}, {kind}: {took:.0f} s, compilation included",
+                flush=True,
+            )
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     if missed:
         print("missed:", ", ".join(missed))
