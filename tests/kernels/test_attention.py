@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -300,6 +302,16 @@ def test_none_is_a_kernel_where_the_call_is_lowered_for_a_tpu(explicit_mesh) -> 
     with jax.sharding.use_abstract_mesh(mesh):
         sharded = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P("data"))) for x in (q, ids)]
         assert "attention_short" in str(jax.make_jaxpr(call)(*sharded))
+
+
+def test_custom_calls_are_counted_by_name() -> None:
+    matrix = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    twice = jax.jit(lambda x: jnp.linalg.cholesky(x) + jnp.linalg.cholesky(x + 1)).lower(matrix).compile()
+    ((name, count),) = custom_calls(twice).items()
+    assert "potrf" in name and count == 2
+    assert not custom_calls(jax.jit(jnp.sin).lower(matrix).compile())
+    text = '%short.3 = f32[2]{0} custom-call(%a), custom_call_target="tpu_custom_call"\n'
+    assert custom_calls(SimpleNamespace(as_text=lambda: text * 2)) == {"short": 2}
 
 
 @pytest.mark.parametrize(
