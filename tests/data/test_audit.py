@@ -154,3 +154,14 @@ def test_the_filling_of_rows_can_be_checked_by_hand() -> None:
 def test_a_wrong_command_is_one_sentence(words: list[str], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         audit.main(words)
+
+
+def test_fix_points_to_shards_for_what_is_no_json(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}]
+    pq.write_table(pa.Table.from_pylist([{"id": "1", "messages": turns}]), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"a\.parquet is none; .* python -m vlm_jax\.data\.prepare"):
+        audit.main([f"--data={tmp_path}/a.parquet", f"--output={tmp_path}/report", "--fix"])
+    assert not (tmp_path / "report").exists()
