@@ -5,7 +5,8 @@ Shared by the operations of this package, which read their arguments' sharding a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,25 +29,28 @@ def check_implementation(implementation: str | None) -> None:
         )
 
 
-def choose(operation: str, mesh: AbstractMesh, refusal: str | None, implementation: str | None) -> str:
+def choose(operation: str, mesh: AbstractMesh, refusals: Mapping[str, str | None], implementation: str | None) -> str:
     """The implementation to use; "auto" leaves the choice to the platform that the program is lowered for.
 
-    operation: its name, for errors. refusal: why the Pallas kernels cannot serve the call, if they cannot. Raises
-    `UsageError` where the one asked for is unknown or cannot serve it.
+    operation: its name, for errors. refusals: by platform that has Pallas kernels ("tpu", "gpu"), why they cannot serve
+    the call, or None where they can. Raises `UsageError` where the one asked for is unknown or cannot serve it.
     """
     check_implementation(implementation)
     platform = platform_of(mesh)
     if implementation in ("reference", "xla"):
         return implementation
     if implementation is None:
-        return "xla" if refusal is not None else {"tpu": "pallas", None: "auto"}.get(platform, "xla")
-    if refusal is not None:
-        raise UsageError(f"{operation} cannot use {implementation!r}: {refusal}; or use implementation='xla' or None")
-    if implementation == "pallas" and platform not in ("tpu", None):
+        if platform is None:  # only a mesh says which GPU it is, so there a kernel is never chosen blindly
+            return "xla" if refusals["tpu"] is not None else "auto"
+        return "pallas" if refusals.get(platform, platform) is None else "xla"
+    if implementation == "pallas" and platform is not None and platform not in refusals:
         raise UsageError(
             f"{operation} has no Pallas kernel for {platform}; use implementation='xla' or None"
             + (", or 'pallas_interpret' to try the TPU's" if platform == "cpu" else "")
         )
+    refusal = refusals.get(platform or "tpu") if implementation == "pallas" else refusals["tpu"]
+    if refusal is not None:
+        raise UsageError(f"{operation} cannot use {implementation!r}: {refusal}; or use implementation='xla' or None")
     return implementation
 
 
@@ -71,6 +75,24 @@ def platform_of(mesh: AbstractMesh) -> str | None:
 def device_kind(mesh: AbstractMesh) -> str | None:
     """As jax names it ("TPU v4", "NVIDIA H200"), or None where there is no mesh."""
     return None if mesh.abstract_device is None else mesh.abstract_device.device_kind
+
+
+# CUDA's compute capabilities (developer.nvidia.com/cuda-gpus), by a word of the device's name.
+_CAPABILITIES = {
+    **dict.fromkeys(("B100", "B200", "GB200"), 10.0),
+    **dict.fromkeys(("H100", "H200", "H800", "GH200"), 9.0),
+    **dict.fromkeys(("L4", "L40", "L40S", "4070", "4080", "4090"), 8.9),
+    **dict.fromkeys(("A10", "A10G", "A16", "A40", "A2", "A6000", "3070", "3080", "3090"), 8.6),
+    **dict.fromkeys(("A100", "A30", "A800"), 8.0),
+    **dict.fromkeys(("T4", "2070", "2080"), 7.5),
+    **dict.fromkeys(("V100",), 7.0),
+}
+
+
+def compute_capability(device_kind: str | None) -> float | None:
+    """Of an NVIDIA GPU by jax's name for it ("NVIDIA H200": 9.0); None where the name says nothing."""
+    words = re.findall(r"[A-Z0-9]+", (device_kind or "").upper())
+    return next((_CAPABILITIES[word] for word in words if word in _CAPABILITIES), None)
 
 
 def spec_of(array: jax.Array) -> tuple[Axes, ...]:

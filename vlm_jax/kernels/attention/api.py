@@ -100,7 +100,7 @@ def _choose(mesh, rule, q, k, mask, bias, axis_name, implementation: str | None)
         refusal = "the compiler does not partition it: use explicit mesh axes, or shard_map with check_vma=False"
     if implementation is None and not tpu.worthwhile(q.shape, k.shape):
         return "xla"
-    return placement.choose("attention", mesh, refusal, implementation)
+    return placement.choose("attention", mesh, {"tpu": refusal}, implementation)
 
 
 def _local(rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementation: str) -> jax.Array:

@@ -93,7 +93,7 @@ def _choose(kind: str, mesh, image, implementation: str | None) -> str:
         refusal = "the compiler does not partition it: use explicit mesh axes, or shard_map"
     elif image.dtype not in (jnp.bfloat16, jnp.float32):
         refusal = f"it takes bfloat16 and float32 features, not {image.dtype}"
-    return placement.choose(f"{kind}_contrastive_loss", mesh, refusal, implementation)
+    return placement.choose(f"{kind}_contrastive_loss", mesh, {"tpu": refusal}, implementation)
 
 
 def _local(kind: str, mesh, image, text, scalars, axis_name, choice: str) -> jax.Array:
