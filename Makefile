@@ -15,6 +15,8 @@ endif
 RUN := $(VENV)/bin/python
 # Memory in large pages where Linux gives them on request: much of a small step on the CPU is page faults otherwise.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# The environments are ours, so bytecode is kept in them: without it each start compiles some thousand modules.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(RUN) -m pip --disable-pip-version-check install -qq --prefer-binary --no-compile
 # What an environment was made from: another interpreter, another place or other requirements make it anew.
 STAMP = $$( ($(PYTHON) -c "import sys; print(sys.version, sys.base_prefix)"; pwd; cat pyproject.toml setup.py) \

@@ -5,23 +5,32 @@ The environment is set here, at import, because jax reads it when it is first im
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 DEVICES = 8
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Single-threaded products: `pytest -n 2` already fills two cores, and the tests' matrices are tiny.
-XLA_FLAGS = f"--xla_force_host_platform_device_count={DEVICES} --xla_cpu_multi_thread_eigen=false"
+
+def xla_flags(devices: int) -> str:
+    """Single-threaded products: `pytest -n 2` already fills two cores, and the tests' matrices are tiny. What costs
+    time is compiling, so that is done in a hurry; jax 0.11 knows the last flag no more."""
+    hurry = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    if version("jaxlib").startswith("0.10."):
+        hurry += " --xla_cpu_use_fusion_emitters=false"
+    return f"--xla_force_host_platform_device_count={devices} --xla_cpu_multi_thread_eigen=false {hurry}"
+
 
 os.environ.update(
     {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": XLA_FLAGS,
+        "XLA_FLAGS": xla_flags(DEVICES),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -32,6 +41,7 @@ os.environ.update(
         "WANDB_MODE": "disabled",
     }
 )
+gc.set_threshold(100_000)  # tracing makes many objects and no garbage: looked for less often, a step is made 1/8 sooner
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # a cached program would hide a recompilation
 
 import pytest  # noqa: E402
@@ -78,8 +88,7 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(
         *args: str | os.PathLike[str], devices: int = 1, timeout: float = 300.0, cwd: Path = REPOSITORY, **environ: str
     ) -> subprocess.CompletedProcess[str]:
-        flags = XLA_FLAGS.replace(f"count={DEVICES}", f"count={devices}")
-        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": flags, **environ}
+        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": xla_flags(devices), **environ}
         command = [sys.executable, *map(os.fspath, args)]
         return subprocess.run(
             command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
@@ -100,8 +109,7 @@ def run_processes() -> Callable[..., list[str]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        flags = XLA_FLAGS.replace(f"count={DEVICES}", "count=1")
-        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": flags}
+        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": xla_flags(1)}
         processes = [
             subprocess.Popen(
                 [sys.executable, "-c", program, *arguments, address, str(number)],

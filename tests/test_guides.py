@@ -101,7 +101,7 @@ def test_every_block_runs_and_the_model_is_the_same_wherever_it_goes(
     (tmp_path / "configs").symlink_to(repository / "configs")
     shutil.copytree(made_llava, tmp_path / "llava-hf/llava-interleave-qwen-0.5b-hf")  # a folder wins over the hub
     sizes = [*made_sizes, "--config.frozen_dtype=float32", "--config.stages.finetune.lr=0.02"]
-    done = run_python(__file__, PAGE, *sizes, cwd=tmp_path, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    done = run_python(__file__, PAGE, *sizes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     _, _, look, before, train, after, _, by_transformers, _, _ = result["printed"]

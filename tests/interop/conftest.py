@@ -157,12 +157,6 @@ def state_of(folder: Path) -> dict[str, tuple[str, bytes]]:
     return found
 
 
-def quick_jit(function: Any) -> Any:
-    """Compiled several times faster than by default, which pays for programs that run once."""
-    options: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
-    return jax.jit(function, compiler_options=options)
-
-
 @pytest.fixture
 def hf() -> types.SimpleNamespace:
     """What is above, for the tests of this folder."""
@@ -171,7 +165,6 @@ def hf() -> types.SimpleNamespace:
         enlarge=enlarge,
         inputs=inputs_of,
         torch=torch_inputs,
-        jit=quick_jit,
         state=state_of,
         text=text_settings,
         vision=VISION,

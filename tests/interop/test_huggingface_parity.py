@@ -123,7 +123,7 @@ def test_logits_and_gradients_equal_transformers(
         out = bound.decoder.logits(bound(batch)[0])
         return (out * weights).sum(), out
 
-    (_, ours), found = hf.jit(jax.value_and_grad(forward, has_aux=True))(vlm.params)
+    (_, ours), found = jax.jit(jax.value_and_grad(forward, has_aux=True))(vlm.params)
     expected = logits.detach().numpy()
     assert ours.shape == expected.shape
     assert np.abs(np.asarray(ours) - expected)[real].max() <= LOGITS * np.abs(expected[real]).max()

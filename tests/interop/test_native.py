@@ -46,14 +46,18 @@ def abstract(dtype: Any, **changes: tuple[int, ...]) -> dict[str, jax.ShapeDtype
 
 
 def values(dtype: Any, seed: int = 0) -> dict[str, np.ndarray]:
-    """Any bits, those of infinities, of numbers that are none and of negative zero among them."""
+    """Any bits, those of infinities, of numbers that are none and of negative zero among them. Those that are
+    none are all the same one: which one is a compiler's affair."""
     dtype, found = np.dtype(dtype), {}
     unsigned = np.dtype(f"u{dtype.itemsize}")
     for number, (path, (shape, _)) in enumerate(LAYOUT.items()):
         random = np.random.default_rng([seed, number])
         bits = random.integers(0, np.iinfo(unsigned).max, shape, unsigned, endpoint=True).reshape(-1)
-        bits[:3] = np.array([np.inf, -0.0, np.nan], dtype).view(unsigned)
-        found[path] = bits.view(dtype).reshape(shape)
+        numbers = bits.view(dtype)
+        numbers[:3] = np.inf, -0.0, np.nan
+        with np.errstate(invalid="ignore"):
+            numbers[np.isnan(numbers)] = np.nan
+        found[path] = numbers.reshape(shape)
     return found
 
 

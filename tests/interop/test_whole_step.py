@@ -108,8 +108,7 @@ def test_steps_of_the_recipe_equal_transformers(hf, tmp_path: Path, one_device) 
     schedule = make_schedule(stage.schedule, peak=LR, total_steps=2 * STEPS, warmup=1)
     adamw = make_optimizer(schedule, rates, **plain(recipe.optimizer))
     weigh = functools.partial(family.weigh, norm=recipe.loss_norm, ranks=RANKS)
-    quick = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
-    step = make_train_step(family.loss, weigh, adamw, seed=0, ema_decay=None, compiler_options=quick)
+    step = make_train_step(family.loss, weigh, adamw, seed=0, ema_decay=None)
     params = {path: jax.device_put(value) for path, value in before.items()}
     state = init_state(params, rates, adamw, frozen_dtype=np.dtype("float32"), ema=False)
     for wanted in theirs:

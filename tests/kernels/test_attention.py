@@ -18,10 +18,6 @@ from vlm_jax.kernels.attention.shapes import SHAPES, SMALL, AttentionShape
 
 # Sums of some dozens of float32 products of order 1; the largest gradient here is about 10.
 TOLERANCE = 2e-5
-# Compiling is most of these tests. The second option has gone from jax 0.12.
-QUICK = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    QUICK["xla_cpu_use_fusion_emitters"] = False
 
 
 def definition(arrays, options, d_out):
@@ -75,7 +71,7 @@ def run(arrays, options, d_out, call=attention):
         out = call(**arrays, **options)
         return (out.astype(jnp.float32) * d_out).sum(), out
 
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(arrays, d_out)
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays, d_out)
     return out, grads
 
 

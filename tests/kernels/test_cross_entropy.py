@@ -16,10 +16,6 @@ from vlm_jax.kernels.cross_entropy.shapes import SMALL
 
 # Float32 logsumexp of some dozens of terms, summed over some dozens of tokens.
 TOLERANCE = 2e-5
-# Compiling is most of these tests. The second option has gone from jax 0.12.
-QUICK = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    QUICK["xla_cpu_use_fusion_emitters"] = False
 
 
 def definition(arrays, options):
@@ -53,9 +49,7 @@ def run(arrays, options):
         total, per_token = linear_cross_entropy(**trained, **rest, **options)
         return 2 * total, (total, per_token)
 
-    (_, (total, per_token)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(
-        trained, rest
-    )
+    (_, (total, per_token)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained, rest)
     return total, per_token, {name: x / 2 for name, x in grads.items()}
 
 

@@ -1,4 +1,4 @@
-"""The smallest LLaVA with every part in it, batches made by hand, and a quick way to compile a step."""
+"""The smallest LLaVA with every part in it, batches made by hand."""
 
 from __future__ import annotations
 
@@ -106,22 +106,6 @@ def random_params(abstract: Mapping[str, jax.ShapeDtypeStruct], seed: int = 0) -
     return {path: make(path, a) for path, a in abstract.items()}
 
 
-@functools.cache
-def quick() -> dict[str, Any]:
-    """Options under which XLA compiles a tiny program several times faster than it does by default."""
-    options: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
-    more = options | {"xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda x: x).lower(1.0).compile(compiler_options=more)
-    except jax.errors.JaxRuntimeError:  # jax 0.11 and later have one code generator only
-        return options
-    return more
-
-
-def quick_jit(function: Any) -> Any:
-    return jax.jit(function, compiler_options=quick())
-
-
 def train_step(
     family: LlavaFamily,
     *,
@@ -141,7 +125,7 @@ def train_step(
     rates = {path: 1.0 if trains in path else None for path in params}
     state = init_state(params, rates, optimizer, frozen_dtype=np.dtype("float32"), ema=False)
     weigh = functools.partial(family.weigh, norm=norm, ranks=ranks)
-    step = make_train_step(family.loss, weigh, optimizer, seed=0, ema_decay=None, compiler_options=quick(), **more)
+    step = make_train_step(family.loss, weigh, optimizer, seed=0, ema_decay=None, **more)
     return state, step
 
 
@@ -159,7 +143,6 @@ def tiny() -> types.SimpleNamespace:
         ),
         batch=batch,
         params=random_params,
-        jit=quick_jit,
         train_step=train_step,
         on_host=on_host,
         PATCHES=PATCHES,

@@ -17,7 +17,7 @@ from vlm_jax.training.optimizer import multipliers
 def logits(tiny, family, params, batch) -> np.ndarray:
     """Of one micro-batch."""
 
-    @tiny.jit
+    @jax.jit
     def forward(params, batch):
         model = family.bound.bind(params)
         return model.decoder.logits(model(batch)[0])

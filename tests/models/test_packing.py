@@ -73,7 +73,7 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(
         one = {name: array[0] for name, array in arrays.items()}
         return family.loss(params, {}, one, weights[0], None)[0] / total
 
-    step, results = tiny.jit(jax.value_and_grad(loss)), []
+    step, results = jax.jit(jax.value_and_grad(loss)), []
     for arrays in (padded, packed):
         value, grads = step(params, arrays)
         results.append((float(value), tiny.on_host(grads)))

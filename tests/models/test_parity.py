@@ -194,7 +194,7 @@ def test_decoder_equals_transformers(tiny, name: str) -> None:
     segments = np.ones_like(positions)
     segments[1, cut:] = 2
 
-    @tiny.jit
+    @jax.jit
     def forward(params: dict[str, jax.Array], tokens: jax.Array, positions: jax.Array) -> jax.Array:
         decoder = bound.bind(params)
         hidden, _ = decoder(decoder.embed(tokens, jnp.float32), Mask(jnp.asarray(segments), positions))
@@ -275,7 +275,7 @@ def test_tower_equals_transformers_at_every_layer(tiny, name: str) -> None:
         del model.post_layernorm
     params = copied(names, model, abstract)
 
-    @tiny.jit
+    @jax.jit
     def forward(params: dict[str, jax.Array], tiles: jax.Array) -> dict[str, jax.Array]:
         return {case: bound.bind(params)(tiles, jnp.float32) for case, bound in bounds.items()}
 

@@ -80,7 +80,7 @@ def test_dropout_is_on_while_training_and_off_while_evaluating(tiny) -> None:
     batch = {name: a[0] for name, a in tiny.batch(rows=3).items()}
     weights = np.ones_like(batch["labels"], np.float32)
 
-    @tiny.jit
+    @jax.jit
     def losses(params, key):
         return [f.loss(params, {}, batch, weights, k)[0] for f in (with_dropout, without) for k in (key, None)]
 
@@ -121,7 +121,7 @@ def test_remat_changes_memory_but_neither_loss_nor_gradients(tiny) -> None:
     def gradient(remat: str):
         family = tiny.family("siglip_vit", decoder_changes=deep, remat=remat)
         params = tiny.params(family.bound.abstract)
-        return tiny.jit(jax.value_and_grad(lambda params: family.loss(params, {}, batch, weights, None)[0])), params
+        return jax.jit(jax.value_and_grad(lambda params: family.loss(params, {}, batch, weights, None)[0])), params
 
     def run(remat: str):
         function, params = gradient(remat)

@@ -79,13 +79,11 @@ def make_train_step(
     seed: int,
     ema_decay: float | None,
     on_trace: Callable[[], None] = lambda: None,
-    compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The step over a batch whose arrays are [A, R, ...]: A micro-batches of R rows.
 
     The gradient is that of Σ weighted losses / Σ weights over the whole batch, so accumulation changes nothing. Keys
-    are folded from the seed, the step and the micro-batch; none is stored. `on_trace` is called at each compilation;
-    `compiler_options` are those of `jax.jit`.
+    are folded from the seed, the step and the micro-batch; none is stored. `on_trace` is called at each compilation.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -130,7 +128,7 @@ def make_train_step(
             state, step=state.step + 1, trained=trained, mutable=mutable, ema=ema, opt_state=opt_state
         ), metrics
 
-    return jax.jit(step, donate_argnums=0, compiler_options=dict(compiler_options) if compiler_options else None)
+    return jax.jit(step, donate_argnums=0)
 
 
 def make_eval_step(loss: Loss, weigh: Weigh) -> Callable[[Params, dict, Batch], tuple[jax.Array, jax.Array]]:

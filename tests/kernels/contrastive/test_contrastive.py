@@ -21,10 +21,6 @@ from vlm_jax.kernels.contrastive.shapes import SMALL, ContrastiveShape
 LOSSES = {"softmax": softmax_contrastive_loss, "sigmoid": sigmoid_contrastive_loss}
 # A float32 logit of size s is off by about 1e-7 s, and so are its probability and the loss.
 TOLERANCE = 2e-6
-# Compiling is most of these tests. The second option has gone from jax 0.12.
-QUICK = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    QUICK["xla_cpu_use_fusion_emitters"] = False
 
 
 def definition(kind, arrays):
@@ -55,7 +51,7 @@ def made(kind, shape: ContrastiveShape):
 def run(kind, arrays, call=None, **options):
     """As `definition`, of ours: of twice the loss, so that the factor of the backward pass is not 1."""
     call = call or functools.partial(LOSSES[kind], **options)
-    value, grads = jax.jit(jax.value_and_grad(lambda arrays: 2 * call(**arrays)), compiler_options=QUICK)(arrays)
+    value, grads = jax.jit(jax.value_and_grad(lambda arrays: 2 * call(**arrays)))(arrays)
     return value / 2, {name: np.asarray(x, np.float64) / 2 for name, x in grads.items()}
 
 
@@ -177,7 +173,7 @@ def test_several_devices_equal_one(kind, devices, ring, implementation, monkeypa
     inside = jax.shard_map(
         lambda a: jax.value_and_grad(lambda a: loss(**a))(a), mesh=mesh, in_specs=(specs,), out_specs=(P(), specs)
     )
-    assert_close(jax.jit(inside, compiler_options=QUICK)(arrays), want, arrays)
+    assert_close(jax.jit(inside)(arrays), want, arrays)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +199,7 @@ def test_sharded_features_need_no_axis_name(kind, sizes, ring, implementation, m
         def gradient(arrays):
             return jax.value_and_grad(lambda a: LOSSES[kind](**a, implementation=implementation))(arrays)
 
-        value, grads = jax.jit(gradient, compiler_options=QUICK)(placed)
+        value, grads = jax.jit(gradient)(placed)
         assert_close((value, grads), want, arrays)
         assert {name: jax.typeof(x).sharding.spec for name, x in grads.items()} == specs
 
