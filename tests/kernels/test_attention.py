@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -339,6 +340,45 @@ def test_many_keys_in_an_order_of_their_own_are_refused() -> None:
     x = jnp.ones((1, 3000, 1, 8))
     with pytest.raises(UsageError, match=r"beyond 2,048 keys .* leave q_positions"):
         attention(x, x, x, causal=True, q_positions=jnp.zeros((1, 3000), int), implementation="pallas_interpret")
+
+
+# --------------------------------------------------------------------------------------------------------------- sweeps
+
+
+@pytest.mark.slow
+def test_any_shape_equals_the_definition(monkeypatch) -> None:
+    """Drawn lengths, heads, masks and (in XLA) blocks; the same draws each time."""
+    integers, booleans = hypothesis.strategies.integers, hypothesis.strategies.booleans()
+
+    @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(hypothesis.strategies.data())
+    def equal(data) -> None:
+        def draw(low: int, high: int) -> int:
+            return data.draw(integers(low, high))
+
+        queries, kv_heads = draw(1, 70), draw(1, 3)
+        causal, windowed = data.draw(booleans), data.draw(booleans)
+        ordered = causal or windowed
+        keys = draw(queries, 90) if ordered else draw(1, 90)  # queries at the end of the keys
+        sizes = {"batch": draw(1, 2), "heads": kv_heads * draw(1, 3), "kv_heads": kv_heads, "features": draw(1, 20)}
+        shape = AttentionShape(
+            queries=queries,
+            keys=keys,
+            causal=causal,
+            sliding_window=draw(1, 60) if windowed else None,
+            softcap=2.0 if data.draw(booleans) else None,
+            segments=draw(0, min(4, queries - 1, keys - 1)),
+            positions="last" if queries != keys and ordered else None,
+            **sizes,
+        )
+        blocks = xla.Blocks(1, 1, min(queries, draw(1, 64)), min(keys, draw(1, 64)))
+        monkeypatch.setattr(xla, "choose_blocks", lambda *_, **__: blocks)
+        arrays, options, d_out = made(shape)
+        want = definition(arrays, options, d_out)
+        for implementation in ("reference", "xla", "pallas_interpret"):
+            assert_close(run(arrays, {**options, "implementation": implementation}, d_out), want, 5e-5)
+
+    equal()
 
 
 # -------------------------------------------------------------------------------------------------------- ahead of time

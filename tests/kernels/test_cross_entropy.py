@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from vlm_jax.errors import UsageError
 from vlm_jax.kernels import linear_cross_entropy
 from vlm_jax.kernels.cross_entropy import xla
-from vlm_jax.kernels.cross_entropy.shapes import SMALL
+from vlm_jax.kernels.cross_entropy.shapes import SMALL, CrossEntropyShape
 
 # Float32 logsumexp of some dozens of terms, summed over some dozens of tokens.
 TOLERANCE = 2e-5
@@ -193,6 +194,36 @@ def test_a_vocabulary_sharded_by_hand(small_chunks, explicit_mesh) -> None:
         trained = {name: jax.device_put(arrays[name], NamedSharding(mesh, spec)) for name, spec in specs.items()}
         call = jax.shard_map(local, in_specs=(specs,), out_specs=(P(), P(), specs))
         assert_close(jax.jit(call)(trained), want)
+
+
+# ---------------------------------------------------------------------------------------------------------------- sweep
+
+
+@pytest.mark.slow
+def test_any_shape_equals_the_definition(monkeypatch) -> None:
+    """Drawn sizes, options and chunks; the same draws each time."""
+    integers, booleans = hypothesis.strategies.integers, hypothesis.strategies.booleans()
+
+    @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(hypothesis.strategies.data())
+    def equal(data) -> None:
+        sizes = [data.draw(integers(low, high)) for low, high in ((1, 90), (1, 30), (2, 70))]
+        shape = CrossEntropyShape(
+            *sizes,
+            labelled=data.draw(integers(0, 4)) / 4,
+            bias=data.draw(booleans),
+            softcap=2.0 if data.draw(booleans) else None,
+            z_loss=0.1 if data.draw(booleans) else 0.0,
+            label_smoothing=0.2 if data.draw(booleans) else 0.0,
+        )
+        chunk = data.draw(integers(1, 90))
+        monkeypatch.setattr(xla, "chunk_size", lambda tokens, *_: min(tokens, chunk))
+        arrays, options = shape.arguments()
+        want = definition(arrays, options)
+        for implementation in ("reference", "xla"):
+            assert_close(run(arrays, {**options, "implementation": implementation}), want)
+
+    equal()
 
 
 # ----------------------------------------------------------------------------------------------------- memory, mistakes
