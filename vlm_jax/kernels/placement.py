@@ -5,6 +5,8 @@ Shared by the operations of this package, which read their arguments' sharding a
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Mapping, Sequence
 
@@ -20,12 +22,12 @@ IMPLEMENTATIONS = ("reference", "xla", "pallas", "pallas_interpret")
 Axes = tuple[str, ...]
 
 
-def check_implementation(implementation: str | None) -> None:
-    """Raises `UsageError` unless `implementation` is None or one of `IMPLEMENTATIONS`."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+def check_implementation(implementation: str | None, known: Sequence[str] = IMPLEMENTATIONS) -> None:
+    """Raises `UsageError` unless `implementation` is None or one of `known`."""
+    if implementation is not None and implementation not in known:
         raise UsageError(
-            f"implementation={implementation!r} is unknown{suggest(str(implementation), IMPLEMENTATIONS)}; "
-            f"use None or one of {', '.join(IMPLEMENTATIONS)}"
+            f"implementation={implementation!r} is unknown{suggest(str(implementation), known)}; "
+            f"use None or one of {', '.join(known)}"
         )
 
 
@@ -33,25 +35,37 @@ def choose(operation: str, mesh: AbstractMesh, refusals: Mapping[str, str | None
     """The implementation to use; "auto" leaves the choice to the platform that the program is lowered for.
 
     operation: its name, for errors. refusals: by platform that has Pallas kernels ("tpu", "gpu"), why they cannot serve
-    the call, or None where they can. Raises `UsageError` where the one asked for is unknown or cannot serve it.
+    the call, or None where they can; "cudnn" for an operation that cuDNN has, which goes first on a GPU. Raises
+    `UsageError` where the one asked for is unknown or cannot serve it.
     """
-    check_implementation(implementation)
+    check_implementation(implementation, IMPLEMENTATIONS + (("cudnn",) if "cudnn" in refusals else ()))
     platform = platform_of(mesh)
     if implementation in ("reference", "xla"):
         return implementation
     if implementation is None:
         if platform is None:  # only a mesh says which GPU it is, so there a kernel is never chosen blindly
             return "xla" if refusals["tpu"] is not None else "auto"
-        return "pallas" if refusals.get(platform, platform) is None else "xla"
+        keys = [key for key in ("cudnn", platform) if key in refusals and (platform == "gpu" or key == platform)]
+        for key in keys:
+            if refusals[key] is None:
+                return "cudnn" if key == "cudnn" else "pallas"
+        if keys:
+            _log_once(f"{operation} runs in plain XLA: " + "; ".join(str(refusals[key]) for key in keys))
+        return "xla"
     if implementation == "pallas" and platform is not None and platform not in refusals:
         raise UsageError(
             f"{operation} has no Pallas kernel for {platform}; use implementation='xla' or None"
             + (", or 'pallas_interpret' to try the TPU's" if platform == "cpu" else "")
         )
-    refusal = refusals.get(platform or "tpu") if implementation == "pallas" else refusals["tpu"]
+    refusal = refusals[{"cudnn": "cudnn", "pallas": platform or "tpu"}.get(implementation, "tpu")]
     if refusal is not None:
         raise UsageError(f"{operation} cannot use {implementation!r}: {refusal}; or use implementation='xla' or None")
     return implementation
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
 
 
 def mesh_of(*arrays: jax.Array | None) -> AbstractMesh:

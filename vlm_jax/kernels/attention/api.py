@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from vlm_jax.kernels import placement
-from vlm_jax.kernels.attention import reference, tpu, xla
+from vlm_jax.kernels.attention import gpu, packed_gpu, reference, tpu, xla
 from vlm_jax.kernels.attention.reference import Mask, Rule
 from vlm_jax.kernels.placement import partition
 
@@ -57,16 +57,16 @@ def attention(
         axis_name: inside shard_map, the mesh axis (or axes) over which T and S are sharded: keys, values and their
             segment ids and positions are gathered, the queries stay. Positions are then global; `bias` has S whole.
         implementation: "reference" (the definition, [B, H, T, S] in float32), "xla" (in blocks, anywhere), "pallas"
-            (TPU: `tpu.py` says which kernel), "pallas_interpret" (the same on a CPU, slowly), or None: a kernel where
-            the call is lowered for a TPU and one can serve it, else "xla". The platform is that of the mesh, if there
-            is one.
+            (`tpu.py` says which kernel; on a GPU `packed_gpu.py`), "pallas_interpret" (the TPU's on a CPU, slowly),
+            "cudnn" (`gpu.py` says for what), or None: a kernel where the call is lowered for a TPU, or the mesh is of
+            GPUs, and one can serve it, else "xla". The platform is that of the mesh, if there is one.
 
     Returns:
         [B, T, H, D] in q's dtype; the softmax and all sums are float32.
 
     Raises:
         ValueError: shapes that do not fit, segment ids given on one side only, missing positions.
-        UsageError: an implementation that is unknown, or cannot serve the call.
+        UsageError: an implementation that is unknown, or cannot serve the call; bfloat16 on a GPU without it.
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     bias = None if bias is None else jnp.asarray(bias)
@@ -84,6 +84,7 @@ def attention(
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
     )
     mesh = placement.mesh_of(q, k, v)
+    gpu.check_dtype(q.dtype, placement.device_kind(mesh))
     if mesh.explicit_axes:
         return _wrapped(mesh, rule, q, k, v, mask, bias, axis_name, implementation)
     return _local(
@@ -93,28 +94,37 @@ def attention(
 
 def _choose(mesh, rule, q, k, mask, bias, axis_name, implementation: str | None) -> str:
     """As `placement.choose`."""
-    refusal = tpu.refusal(rule, q, k, mask, bias, placement.device_kind(mesh))
-    if refusal is None and axis_name is not None:
-        refusal = "it does not split a sequence over devices (axis_name, or a sharded T)"
-    if refusal is None and ((mesh.auto_axes and mesh.size > 1) or placement.varying_axes(q)):
-        refusal = "the compiler does not partition it: use explicit mesh axes, or shard_map with check_vma=False"
-    if implementation is None and not tpu.worthwhile(q.shape, k.shape):
+    kind, placed = placement.device_kind(mesh), None
+    if axis_name is not None:
+        placed = "it does not split a sequence over devices (axis_name, or a sharded T)"
+    elif (mesh.auto_axes and mesh.size > 1) or placement.varying_axes(q):
+        placed = "the compiler does not partition it: use explicit mesh axes, or shard_map with check_vma=False"
+    platform = placement.platform_of(mesh)
+    worthwhile = gpu.worthwhile(q.shape) if platform == "gpu" else tpu.worthwhile(q.shape, k.shape)
+    if implementation is None and not worthwhile:
         return "xla"
-    return placement.choose("attention", mesh, {"tpu": refusal}, implementation)
+    parts = {"tpu": tpu.refusal, "gpu": gpu.refusal, "cudnn": gpu.cudnn_refusal}
+    refusals = {name: refusal(rule, q, k, mask, bias, kind) or placed for name, refusal in parts.items()}
+    return placement.choose("attention", mesh, refusals, implementation)
 
 
 def _local(rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementation: str) -> jax.Array:
     """One device's part."""
     if axis_name is not None:
         k, v, mask = _gather(rule, q, k, v, mask, axis_name)
-    platform = placement.platform_of(placement.mesh_of(q)) or jax.default_backend()
+    mesh = placement.mesh_of(q)
+    platform = placement.platform_of(mesh) or jax.default_backend()
     if implementation == "auto":
         return _by_platform(rule, platform, q, k, v, mask)
     if implementation == "reference":
         return reference.attention(q, k, v, mask, bias, rule=rule)
     if implementation == "xla":
         return xla.attention(q, k, v, mask, bias, rule=rule, platform=platform)
-    kind, interpret = placement.device_kind(placement.mesh_of(q)), implementation == "pallas_interpret"
+    if implementation == "cudnn":
+        return gpu.cudnn(q, k, v, rule=rule)
+    if implementation == "pallas" and platform == "gpu":
+        return packed_gpu.attention(q, k, v, mask, rule=rule)
+    kind, interpret = placement.device_kind(mesh), implementation == "pallas_interpret"
     return tpu.attention(q, k, v, mask, rule=rule, device_kind=kind, interpret=interpret)
 
 

@@ -1,4 +1,4 @@
-"""Attention over packed rows on a Hopper GPU (compute capability 9.0): forward, and backward without atomics. Mosaic GPU.
+"""Attention over packed rows on a Hopper GPU (compute capability 9.0). Mosaic GPU, forward and backward, no atomics.
 
 FlashAttention-3's structure (Shah et al. 2024): in each program one warpgroup loads tiles with the TMA into a ring of
 slots, and two multiply with wgmma, 64 rows each. What a row is streams past the other side: queries past keys for the
@@ -33,9 +33,7 @@ _NOTHING = 1e30  # logsumexp of a row that sees nothing, which makes each of its
 _NOBODY = jnp.iinfo(jnp.int32).min  # id of a query that sees nothing; a key that nobody sees has the next
 
 
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, rule: Rule, interpret: Any = None
-) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, rule: Rule, interpret: Any = None) -> jax.Array:
     """As `reference.attention` without a bias, in bfloat16 or float16, D at most `HEAD_SIZES[-1]`.
 
     interpret: jax's InterpretGPUParams, to simulate the GPU.
@@ -204,7 +202,7 @@ def _visits(rule: Rule, q_rows, kv_rows, q_block: int, kv_block: int, *, by_keys
         q, kv = (x.reshape(x.shape[0], -1, block) for x, block in ((q, q_block), (kv, kv_block)))
         return q.min(-1)[:, :, None], q.max(-1)[:, :, None], kv.min(-1)[:, None], kv.max(-1)[:, None]
 
-    # An id of nobody is least: it may widen what is visited, when a block has real ids too, and only that.
+    # The ids of nobody are the least numbers: a maximum passes over them by itself, a minimum must be told.
     real_q, real_kv = q_rows[0] > _NOBODY + 1, kv_rows[0] > _NOBODY + 1
     most = jnp.iinfo(jnp.int32).max
     q_low, _, kv_low, _ = ends(jnp.where(real_q, q_rows[0], most), jnp.where(real_kv, kv_rows[0], most))
@@ -232,7 +230,7 @@ def _visits(rule: Rule, q_rows, kv_rows, q_block: int, kv_block: int, *, by_keys
     return jnp.stack([jnp.minimum(first(some), last), whole_first, whole_last, last], -1).astype(jnp.int32)
 
 
-# ----------------------------------------------------------------------------------------------------------- the kernels
+# ---------------------------------------------------------------------------------------------------------- the kernels
 
 
 def _run(step, init, finish, *, own, ring, visits, block, outputs, group=1, ring_head, name, interpret):
@@ -273,10 +271,10 @@ def _run(step, init, finish, *, own, ring, visits, block, outputs, group=1, ring
                 def _():
                     plgpu.barrier_wait(free.at[slot])
 
-                round_ = lax.div(n, blocks) if group > 1 else 0
-                start = (first + n - round_ * blocks) * block
+                member = lax.div(n, blocks) if group > 1 else 0
+                start = (first + n - member * blocks) * block
                 for source, target in zip(ring_refs, ring_blocks, strict=True):
-                    source = part(source, ring_head(head, round_), start, block)
+                    source = part(source, ring_head(head, member), start, block)
                     plgpu.copy_gmem_to_smem(source, target.at[slot], loaded.at[slot])
 
         @pl.when(warpgroup != _LOADER)
@@ -288,8 +286,8 @@ def _run(step, init, finish, *, own, ring, visits, block, outputs, group=1, ring
                 plgpu.copy_gmem_to_smem(part(source, head, start, ROWS), target, ready.at[warpgroup])
             plgpu.barrier_wait(ready.at[warpgroup])
 
-            def visit(masked, round_, i, carry):
-                n = round_ * blocks + i - first
+            def visit(masked, member, i, carry):
+                n = member * blocks + i - first
                 slot = lax.rem(n, jnp.int32(SLOTS))
                 plgpu.barrier_wait(loaded.at[slot])
                 carry = step(mine, [x.at[slot] for x in ring_blocks], carry, masked)
@@ -300,13 +298,13 @@ def _run(step, init, finish, *, own, ring, visits, block, outputs, group=1, ring
 
                 return carry
 
-            def walk(round_, carry):
+            def walk(member, carry):
                 for low, high, masked in (
                     (first, whole_first, True),
                     (whole_first, whole_last, False),
                     (whole_last, last, True),
                 ):
-                    carry = lax.fori_loop(low, high, functools.partial(visit, masked, round_), carry)
+                    carry = lax.fori_loop(low, high, functools.partial(visit, masked, member), carry)
                 return carry
 
             carry = lax.fori_loop(0, group, walk, init()) if group > 1 else walk(0, init())
