@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.pallas.mosaic.interpret import thread_map
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -41,8 +43,9 @@ def with_cudnn(monkeypatch) -> None:
 
 
 @pytest.fixture
-def interpreter(monkeypatch) -> None:
-    """jax 0.10 compiles every thread of every program anew, a second each time; here each kernel once."""
+def interpreter(monkeypatch) -> Iterator[None]:
+    """jax 0.10 compiles every thread of every program anew, a second each time; here each kernel once. Between the
+    threads there must be no race: jax 0.12 also minds the order of the TMA's writes and of what is read before them."""
     compiled, lock = {}, threading.Lock()
 
     def run_jaxpr(jaxpr, consts, *args):
@@ -53,12 +56,16 @@ def interpreter(monkeypatch) -> None:
         compiled[jaxpr](consts, *args)
 
     monkeypatch.setattr(thread_map, "_run_jaxpr", run_jaxpr)
+    yield
+    races = gpu_callbacks.get_races().races_found
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    assert not races
 
 
 def interpreted(q, k, v, *, causal=False, sliding_window=None, softcap=None, **mask):
     mask = Mask(*(mask.get(name) for name in Mask._fields))
     rule = Rule(causal, sliding_window, softcap, q.shape[-1] ** -0.5)
-    return packed_gpu.attention(q, k, v, mask, rule=rule, interpret=InterpretGPUParams())
+    return packed_gpu.attention(q, k, v, mask, rule=rule, interpret=InterpretGPUParams(detect_races=True))
 
 
 def packed_cross() -> tuple[dict, dict, np.ndarray]:

@@ -294,6 +294,7 @@ def _run(step, init, finish, *, own, ring, visits, block, outputs, group=1, ring
 
                 @pl.when(n + SLOTS < steps)  # after that nobody waits for the slot
                 def _():
+                    plgpu.commit_smem()  # what was read (ids, logsumexps) was, before the TMA writes there again
                     plgpu.barrier_arrive(free.at[slot])
 
                 return carry
