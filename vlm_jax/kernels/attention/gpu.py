@@ -6,8 +6,11 @@ cuDNN, through jax.nn, where every query sees every key, or those before it: it 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from vlm_jax.errors import UsageError
 from vlm_jax.kernels.attention import packed_gpu
@@ -16,8 +19,8 @@ from vlm_jax.kernels.placement import compute_capability
 
 FEWEST_QUERIES = 32  # fewer (decoding) would mostly be padding
 HALVES = ("bfloat16", "float16")
-# The largest head of cuDNN, forward and backward, by compute capability (jax._src.cudnn.fused_attention_stablehlo, and
-# cuDNN's own support matrix for what came after 9.0).
+# The largest head of cuDNN, forward and backward, by compute capability: what jax.nn lets through, and for 10.0 what
+# cuDNN's support matrix has.
 CUDNN_HEADS = {8.0: 128, 8.6: 128, 8.9: 128, 9.0: 256, 10.0: 128}
 
 
@@ -91,13 +94,14 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, rule: Rule) -> jax.Array:
 
 
 def _has_cudnn() -> bool:
-    """Whether jax finds cuDNN. It does not without the CUDA plugin: on a machine that compiles ahead of time, say."""
-    from jax._src.cudnn import fused_attention_stablehlo  # jax says it nowhere else
-
-    try:
-        return bool(fused_attention_stablehlo.check_cudnn_version())
-    except RuntimeError:
-        return False
+    """Whether jax finds cuDNN; it traces no call of it otherwise. Without the CUDA plugin there is none."""
+    x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        try:
+            jax.eval_shape(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), x, x, x)
+        except RuntimeError:
+            return False
+    return True
 
 
 def _named(device_kind: str | None, capability: float | None) -> str:
