@@ -38,7 +38,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, rule: Rul
 
     interpret: jax's InterpretGPUParams, to simulate the GPU.
     """
-    return _attention(rule, interpret, q, k, v, mask.with_positions(rule, q.shape[1], k.shape[1]))
+    return _compiled(rule, interpret, q, k, v, mask.with_positions(rule, q.shape[1], k.shape[1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -160,6 +160,7 @@ def _attention_backward(rule, interpret, residuals, d_out):
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+_compiled = jax.jit(_attention, static_argnums=(0, 1))  # one trace for all layers
 
 
 # ------------------------------------------------------------------------------------------ what is made before, in XLA
