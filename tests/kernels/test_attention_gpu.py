@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import threading
@@ -197,6 +198,26 @@ def test_the_kernel_is_lowered_for_an_h200(name) -> None:
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_more_rows_are_lowered_for_an_h200(name, axis_type) -> None:
     assert calls(name, "pallas", axis_type) == ["mosaic_gpu_v2"] * 3
+
+
+@pytest.mark.slow
+def test_sharded_heads_in_a_scan_with_checkpoint_are_lowered() -> None:
+    device = AbstractDevice(H200, num_cores=132, platform="cuda")
+    mesh = AbstractMesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2, abstract_device=device)
+
+    def loss(q, k, ids):
+        def layer(q, _):
+            call = functools.partial(attention, causal=True, q_segment_ids=ids, kv_segment_ids=ids)
+            return jax.checkpoint(call)(q, k, k), None
+
+        return jax.lax.scan(layer, q, None, length=3)[0].astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        heads, rows = (NamedSharding(mesh, spec) for spec in (P("data", None, "tensor"), P("data")))
+        q, k = (jax.ShapeDtypeStruct((4, 1024, n, 128), jnp.bfloat16, sharding=heads) for n in (32, 8))
+        ids = jax.ShapeDtypeStruct((4, 1024), jnp.int32, sharding=rows)
+        text = jax.jit(jax.grad(loss, (0, 1))).trace(q, k, ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu_v2") == 4  # forward, and once more, dq, dk and dv
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,8 @@ def _local(rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementation: str
     if axis_name is not None:
         k, v, mask = _gather(rule, q, k, v, mask, axis_name)
     mesh = placement.mesh_of(q)
-    platform = placement.platform_of(mesh) or jax.default_backend()
+    known = placement.platform_of(mesh)
+    platform = known or jax.default_backend()
     if implementation == "auto":
         return _by_platform(rule, platform, q, k, v, mask)
     if implementation == "reference":
@@ -122,7 +123,7 @@ def _local(rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementation: str
         return xla.attention(q, k, v, mask, bias, rule=rule, platform=platform)
     if implementation == "cudnn":
         return gpu.cudnn(q, k, v, rule=rule)
-    if implementation == "pallas" and platform == "gpu":
+    if implementation == "pallas" and known == "gpu":
         return packed_gpu.attention(q, k, v, mask, rule=rule)
     kind, interpret = placement.device_kind(mesh), implementation == "pallas_interpret"
     return tpu.attention(q, k, v, mask, rule=rule, device_kind=kind, interpret=interpret)
