@@ -19,7 +19,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.kernels.test_attention import QUICK, assert_close, definition, made, run
+from tests.kernels.test_attention import assert_close, definition, made, run
 from vlm_jax.errors import UsageError
 from vlm_jax.kernels import attention, placement
 from vlm_jax.kernels.attention import api, gpu, packed_gpu
@@ -53,7 +53,7 @@ def interpreter(monkeypatch) -> Iterator[None]:
         with lock:
             if jaxpr not in compiled:
                 call = jax.jit(lambda consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args) and None)
-                compiled[jaxpr] = call.lower(consts, *args).compile(compiler_options=QUICK)
+                compiled[jaxpr] = call.lower(consts, *args).compile()
         compiled[jaxpr](consts, *args)
 
     monkeypatch.setattr(thread_map, "_run_jaxpr", run_jaxpr)

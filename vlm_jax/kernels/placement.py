@@ -45,12 +45,12 @@ def choose(operation: str, mesh: AbstractMesh, refusals: Mapping[str, str | None
     if implementation is None:
         if platform is None:  # only a mesh says which GPU it is, so there a kernel is never chosen blindly
             return "xla" if refusals["tpu"] is not None else "auto"
-        keys = [key for key in ("cudnn", platform) if key in refusals and (platform == "gpu" or key == platform)]
-        for key in keys:
-            if refusals[key] is None:
-                return "cudnn" if key == "cudnn" else "pallas"
-        if keys:
-            _log_once(f"{operation} runs in plain XLA: " + "; ".join(str(refusals[key]) for key in keys))
+        kernels = [name for name in (("cudnn", "gpu") if platform == "gpu" else (platform,)) if name in refusals]
+        for name in kernels:
+            if refusals[name] is None:
+                return "cudnn" if name == "cudnn" else "pallas"
+        if kernels:
+            _log_once(f"{operation} runs in plain XLA: " + "; ".join(str(refusals[name]) for name in kernels))
         return "xla"
     if implementation == "pallas" and platform is not None and platform not in refusals:
         raise UsageError(
