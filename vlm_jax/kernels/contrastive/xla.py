@@ -54,12 +54,12 @@ def softmax_sums(
 
         out, tops, totals = carry
         init = cut.full(NOTHING, tiles.rows), cut.full(0, tiles.rows), tops, totals
-        top, total, tops, totals = _loop(cut.shape[1], column, init)
+        top, total, tops, totals = loop(cut.shape[1], column, init)
         return out.at[i].set(top + jnp.log(total)), tops, totals
 
     columns = (cut.shape[1], tiles.columns)
     init = cut.full(0, cut.shape[0], tiles.rows), cut.full(NOTHING, *columns), cut.full(0, *columns)
-    rows, tops, totals = _loop(cut.shape[0], row, init)
+    rows, tops, totals = loop(cut.shape[0], row, init)
     return cut.of_images(rows), cut.of_texts(tops + jnp.log(totals))
 
 
@@ -109,9 +109,9 @@ def sigmoid_sums(
         def column(j, total):
             return total + softplus_and_sigmoid(cut.logits(i, j))[0].sum(1)
 
-        return out.at[i].set(_loop(cut.shape[1], column, cut.full(0, tiles.rows)))
+        return out.at[i].set(loop(cut.shape[1], column, cut.full(0, tiles.rows)))
 
-    return cut.of_images(_loop(cut.shape[0], row, cut.full(0, cut.shape[0], tiles.rows)))
+    return cut.of_images(loop(cut.shape[0], row, cut.full(0, cut.shape[0], tiles.rows)))
 
 
 def softplus_and_sigmoid(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -133,10 +133,10 @@ class _Cut:
 
     def image_parts(self, array: jax.Array) -> jax.Array:
         """[n, ..] -> [row tiles, rows, ..], filled up with zeros."""
-        return _parts(array, self.shape[0], self.tiles.rows)
+        return cut_into(array, self.shape[0], self.tiles.rows)
 
     def text_parts(self, array: jax.Array) -> jax.Array:
-        return _parts(array, self.shape[1], self.tiles.columns)
+        return cut_into(array, self.shape[1], self.tiles.columns)
 
     def of_images(self, parts: jax.Array) -> jax.Array:
         """`image_parts`, turned round."""
@@ -184,25 +184,25 @@ class _Cut:
 
             d_images, d_texts, outs = carry
             init = self.full(0, self.tiles.rows, features), d_texts, (self.full(0, self.tiles.rows),) * sums
-            d_row, d_texts, totals = _loop(self.shape[1], column, init)
+            d_row, d_texts, totals = loop(self.shape[1], column, init)
             outs = tuple(out.at[i].set(total) for out, total in zip(outs, totals, strict=True))
             return d_images.at[i].set(d_row), d_texts, outs
 
         d_images = self.full(0, self.shape[0], self.tiles.rows, features)
         d_texts = self.full(0, self.shape[1], features, self.tiles.columns)
         totals = (self.full(0, self.shape[0], self.tiles.rows),) * sums
-        d_images, d_texts, totals = _loop(self.shape[0], row, (d_images, d_texts, totals))
+        d_images, d_texts, totals = loop(self.shape[0], row, (d_images, d_texts, totals))
         return (self.of_images(d_images), self.of_texts(d_texts.mT)), tuple(self.of_images(x) for x in totals)
 
 
-def _parts(array: jax.Array, parts: int, size: int) -> jax.Array:
+def cut_into(array: jax.Array, parts: int, size: int) -> jax.Array:
     pad = parts * size - array.shape[0]
     if pad:
         array = jnp.pad(array, ((0, pad),) + ((0, 0),) * (array.ndim - 1))
     return array.reshape(parts, size, *array.shape[1:])
 
 
-def _loop(steps: int, body: Callable, carry):
+def loop(steps: int, body: Callable, carry):
     return body(0, carry) if steps == 1 else jax.lax.fori_loop(0, steps, body, carry)
 
 

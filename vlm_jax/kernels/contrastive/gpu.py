@@ -1,0 +1,411 @@
+"""The pairs of a block of images and a block of texts on a Hopper GPU: the operations of `xla.py`, their logits in
+kernels for Mosaic GPU.
+
+The block is cut into panels of at most 4,096 x 8,192 pairs, and a panel into tiles of 128 x 256. A kernel multiplies
+the images and texts of a tile, and of the logits only this leaves the chip: per row and column of the tile a logsumexp
+or a sum, which XLA merges in a fixed order; for gradients also the slopes, in bfloat16, at most 64 MB at a time, which
+XLA's own products (cuBLAS) multiply with the texts and the images. So no logit is made twice in a pass and nothing is
+added in an order that varies. A gradient summed on the chip would not fit there: 128 rows of 768 float32 numbers are
+384 KB, an SM has 256 KB of registers.
+
+A block of threads stays on its SM and takes one tile after another. One of its three warpgroups loads parts of 64
+features into four slots of shared memory; the other two multiply (wgmma), 128 columns each, in 128 registers per
+thread. `interpret` is None, or jax's parameters of Mosaic GPU's interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from vlm_jax.kernels import placement
+from vlm_jax.kernels.contrastive.xla import NOTHING, cut_into, loop
+
+ROWS, COLUMNS = 128, 256  # of a tile
+PANEL = 4096, 8192
+SMS = 132  # of an H100 or H200, where no mesh says it
+_DEPTH, _SLOTS = 64, 4  # of a part of the features; 48 KB each
+_CHUNK = 64  # columns of slopes that a warpgroup sends off at a time
+
+
+def refusal(mesh: jax.sharding.AbstractMesh, dtype: jnp.dtype) -> str | None:
+    """Why the kernels cannot serve features of `dtype` on the GPUs of `mesh`, or None."""
+    kind = placement.device_kind(mesh)
+    if placement.compute_capability(kind) != 9.0:
+        return f"it is written for Hopper GPUs (H100, H200), not {kind or 'a GPU that no mesh names'}"
+    if dtype != jnp.bfloat16:
+        return f"it takes bfloat16 features, not {dtype} (the GPU's matrix units would round float32)"
+    return None
+
+
+def softmax_sums(
+    image: jax.Array, text: jax.Array, scale: jax.Array, offset: jax.Array | int, *, interpret: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """As `xla.softmax_sums`."""
+    call = _Call(image, text, scale, None, offset, interpret)
+
+    def row(i, carry):
+        def column(j, carry):
+            rows, columns = carry
+            of_rows, of_columns = call.panel("softmax_sums", i, j)
+            rows = jnp.logaddexp(rows, jax.nn.logsumexp(of_rows, axis=0))
+            merged = jnp.logaddexp(columns[j], jax.nn.logsumexp(of_columns, axis=0))
+            return rows, columns.at[j].set(merged)
+
+        out, columns = carry
+        rows, columns = loop(call.shape[1], column, (call.full(NOTHING, call.rows), columns))
+        return out.at[i].set(rows), columns
+
+    init = call.full(0, call.shape[0], call.rows), call.full(NOTHING, call.shape[1], call.columns)
+    rows, columns = loop(call.shape[0], row, init)
+    return rows.reshape(-1)[: call.counts[0]], columns.reshape(-1)[: call.counts[1]]
+
+
+def softmax_gradients(
+    image: jax.Array,
+    text: jax.Array,
+    scale: jax.Array,
+    offset: jax.Array | int,
+    row_logsumexp: jax.Array,
+    column_logsumexp: jax.Array,
+    *,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """As `xla.softmax_gradients`."""
+    call = _Call(image, text, scale, None, offset, interpret)
+    rows, columns = cut_into(row_logsumexp, call.shape[0], call.rows), cut_into(column_logsumexp, call.shape[1], call.columns)
+    return call.gradients("softmax_slopes", 0, lambda i, j: (rows[i], columns[j]))[0]
+
+
+def sigmoid_gradients(
+    image: jax.Array,
+    text: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    offset: jax.Array | int,
+    *,
+    interpret: Any = None,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """As `xla.sigmoid_gradients`."""
+    return _Call(image, text, scale, bias, offset, interpret).gradients("sigmoid_slopes", 2, lambda i, j: ())
+
+
+def sigmoid_sums(
+    image: jax.Array,
+    text: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    offset: jax.Array | int,
+    *,
+    interpret: Any = None,
+) -> jax.Array:
+    """As `xla.sigmoid_sums`."""
+    call = _Call(image, text, scale, bias, offset, interpret)
+
+    def row(i, out):
+        def column(j, total):
+            return total + call.panel("sigmoid_sums", i, j)[0].sum(0)
+
+        return out.at[i].set(loop(call.shape[1], column, call.full(0, call.rows)))
+
+    return loop(call.shape[0], row, call.full(0, call.shape[0], call.rows)).reshape(-1)[: call.counts[0]]
+
+
+class _Call:
+    """One call's arrays, cut into panels: panel (i, j) pairs images i * rows .. with texts j * columns .."""
+
+    def __init__(self, image, text, scale, bias, offset, interpret):
+        self.counts, self.features = (image.shape[0], text.shape[0]), image.shape[1]
+        self.rows, self.columns = _even(self.counts[0], PANEL[0], ROWS), _even(self.counts[1], PANEL[1], COLUMNS)
+        self.shape = math.ceil(self.counts[0] / self.rows), math.ceil(self.counts[1] / self.columns)
+        wide = ((0, 0), (0, -self.features % _DEPTH))
+        self.images = cut_into(jnp.pad(image, wide), self.shape[0], self.rows)
+        self.texts = cut_into(jnp.pad(text, wide), self.shape[1], self.columns)
+        self.turned = self.texts.mT  # [.., D, columns]
+        self.numbers = jnp.stack([scale, jnp.zeros_like(scale) if bias is None else bias]).astype(jnp.float32)
+        self.offset = jnp.asarray(offset, jnp.int32)
+        self.blocks = getattr(placement.mesh_of(image).abstract_device, "num_cores", None) or SMS
+        self.interpret = interpret
+
+    def full(self, value: float, *shape: int) -> jax.Array:
+        """A start for a loop; it varies over the mesh as the images do."""
+        return jnp.full_like(self.images, value, dtype=jnp.float32, shape=shape)
+
+    def panel(self, kind: str, i, j, *totals: jax.Array) -> list[jax.Array]:
+        """What the kernel `kind` (of `_ENDS`) gives for panel (i, j)."""
+        first = jnp.stack([jnp.int32(i * self.rows), jnp.int32(j * self.columns)])
+        ends = jnp.array(self.counts, jnp.int32) - first
+        places = jnp.concatenate([(self.offset + first[0] - first[1])[None], ends])
+        kernel = _kernel(kind, self.images, self.turned, self.blocks, self.interpret)
+        return kernel(places, self.numbers, self.images[i], self.turned[j], *totals)
+
+    def gradients(self, kind: str, sums: int, totals: Callable):
+        """((slope · text [n, D], slopeᵀ · image [m, D]), `sums` sums per image [n])."""
+
+        def row(i, carry):
+            def column(j, carry):
+                d_row, d_texts, outs = carry
+                slopes, *found = self.panel(kind, i, j, *totals(i, j))
+                d_row = d_row + _product(slopes, self.texts[j], 1)
+                d_texts = d_texts.at[j].set(d_texts[j] + _product(slopes, self.images[i], 0))
+                return d_row, d_texts, tuple(out + part.sum(0) for out, part in zip(outs, found, strict=True))
+
+            d_images, d_texts, outs = carry
+            init = self.full(0, self.rows, width), d_texts, (self.full(0, self.rows),) * sums
+            d_row, d_texts, found = loop(self.shape[1], column, init)
+            outs = tuple(out.at[i].set(part) for out, part in zip(outs, found, strict=True))
+            return d_images.at[i].set(d_row), d_texts, outs
+
+        width = self.images.shape[-1]
+        init = self.full(0, *self.images.shape), self.full(0, *self.texts.shape)
+        init = (*init, (self.full(0, self.shape[0], self.rows),) * sums)
+        d_images, d_texts, outs = loop(self.shape[0], row, init)
+        d_image, d_text = (
+            x.reshape(-1, width)[:count, : self.features]
+            for x, count in zip((d_images, d_texts), self.counts, strict=True)
+        )
+        return (d_image, d_text), tuple(x.reshape(-1)[: self.counts[0]] for x in outs)
+
+
+def _product(slopes, other, contracted: int):
+    numbers = (((contracted,), (0,)), ((), ()))
+    return lax.dot_general(slopes, other, numbers, preferred_element_type=jnp.float32)
+
+
+def _even(length: int, limit: int, unit: int) -> int:
+    """The size, in whole units, of the fewest equal panels of at most `limit` that cover `length`."""
+    panels = math.ceil(length / limit)
+    return math.ceil(length / panels / unit) * unit
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+
+def _kernel(kind: str, images: jax.Array, turned: jax.Array, blocks: int, interpret: Any) -> Callable:
+    """`kernel(places, numbers, image [R, D], turned [D, C], *totals)`, over the tiles of a panel.
+
+    places: the column that is the partner of row 0, and how many rows and columns count. numbers: scale and bias.
+    totals: for "softmax_slopes" the logsumexps, [R] and [C]. Sums leave as [C / 128, R] or [R / 128, C].
+    """
+    (_, rows, width), columns = images.shape, turned.shape[-1]
+    down, across, steps = rows // ROWS, columns // COLUMNS, width // _DEPTH
+    tiles = down * across
+    blocks = min(blocks, tiles)
+    of_rows = (2 * across, rows), jnp.float32
+    slopes = (rows, columns), jnp.bfloat16
+    outputs = {
+        "softmax_sums": [of_rows, ((down, columns), jnp.float32)],
+        "softmax_slopes": [slopes],
+        "sigmoid_slopes": [slopes, of_rows, of_rows],
+        "sigmoid_sums": [of_rows],
+    }[kind]
+    swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    scratch = {
+        "a": plgpu.SMEM((_SLOTS, ROWS, _DEPTH), images.dtype, transforms=swizzled),
+        "b": plgpu.SMEM((_SLOTS, _DEPTH, COLUMNS), images.dtype, transforms=swizzled),
+        "full": plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),  # both copies
+        "empty": plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),  # both warpgroups
+    }
+    if kind == "softmax_sums":
+        scratch["turn"] = plgpu.Barrier(num_barriers=2)
+    if kind == "softmax_slopes":
+        scratch["row_total"] = plgpu.SMEM((ROWS,), jnp.float32)
+        scratch["column_total"] = plgpu.SMEM((2, COLUMNS // 2), jnp.float32)
+        scratch["totals_full"] = plgpu.Barrier(num_arrivals=3)
+        scratch["totals_empty"] = plgpu.Barrier(num_arrivals=2)
+    if slopes in outputs:
+        scratch["leaving"] = plgpu.SMEM((2, ROWS, _CHUNK), jnp.bfloat16, transforms=swizzled)
+
+    def body(places, numbers, image, turned, *refs, a, b, full, empty, **scratch):
+        totals, outs = refs[: -len(outputs)], refs[-len(outputs) :]
+        group, first = lax.axis_index("group"), lax.axis_index("block")
+        mine = lax.div(tiles - first + blocks - 1, jnp.int32(blocks))
+
+        def place(t):
+            """Of this block's tile t, the row and column of tiles."""
+            tile = first + t * blocks
+            return lax.rem(tile, jnp.int32(down)), lax.div(tile, jnp.int32(down))
+
+        @pl.when(group == 2)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+
+            @pl.loop(0, mine)
+            def _(t):
+                i, j = place(t)
+
+                @pl.loop(0, steps)
+                def _(k):
+                    n = t * steps + k
+                    slot = lax.rem(n, jnp.int32(_SLOTS))
+                    pl.when(n >= _SLOTS)(lambda: plgpu.barrier_wait(empty.at[slot]))
+                    deep = pl.ds(k * _DEPTH, _DEPTH)
+                    plgpu.copy_gmem_to_smem(image.at[pl.ds(i * ROWS, ROWS), deep], a.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(turned.at[deep, pl.ds(j * COLUMNS, COLUMNS)], b.at[slot], full.at[slot])
+
+                if totals:
+                    arrived = scratch["totals_full"]
+                    pl.when(t > 0)(lambda: plgpu.barrier_wait(scratch["totals_empty"]))
+                    plgpu.copy_gmem_to_smem(totals[0].at[pl.ds(i * ROWS, ROWS)], scratch["row_total"], arrived)
+                    for half in range(2):
+                        place_of = pl.ds((2 * j + half) * (COLUMNS // 2), COLUMNS // 2)
+                        plgpu.copy_gmem_to_smem(totals[1].at[place_of], scratch["column_total"].at[half], arrived)
+
+            # A barrier must have been waited for as often as it was reached.
+            every = mine * steps
+            pl.loop(jnp.maximum(every - _SLOTS, 0), every)(
+                lambda n: plgpu.barrier_wait(empty.at[lax.rem(n, jnp.int32(_SLOTS))])
+            )
+            if totals:
+                plgpu.barrier_wait(scratch["totals_empty"])
+
+        @pl.when(group < 2)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            if "turn" in scratch:  # the first turn is the first warpgroup's
+                pl.when(group == 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
+
+            @pl.loop(0, mine)
+            def _(t):
+                def multiply(acc):
+                    @pl.loop(0, steps)
+                    def _(k):
+                        n = t * steps + k
+                        slot = lax.rem(n, jnp.int32(_SLOTS))
+                        plgpu.barrier_wait(full.at[slot])
+                        plgpu.wgmma(acc, a.at[slot], b.at[slot, :, pl.ds(group * (COLUMNS // 2), COLUMNS // 2)])
+                        plgpu.wgmma_wait(1)  # all but this one are done, so the slot before is free
+                        pl.when(k > 0)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(n - 1, jnp.int32(_SLOTS))]))
+
+                    products = acc[...]
+                    plgpu.barrier_arrive(empty.at[lax.rem((t + 1) * steps - 1, jnp.int32(_SLOTS))])
+                    return products
+
+                i, j = place(t)
+                products = pl.run_scoped(multiply, plgpu.ACC((ROWS, COLUMNS // 2), jnp.float32))
+                tile = _Tile(products, i, 2 * j + group, group, places, numbers)
+                _ENDS[kind](tile, *outs, **scratch)
+
+            plgpu.wait_smem_to_gmem(0)
+            if "turn" in scratch:
+                pl.when(group == 0)(lambda: plgpu.barrier_wait(scratch["turn"].at[0]))
+
+    body.__name__ = f"contrastive_{kind}"
+    vary = jax.typeof(images).manual_axis_type
+    return plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=vary) for shape, dtype in outputs],
+        scratch_types=scratch,
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
+        interpret=interpret,
+    )
+
+
+class _Tile:
+    """A warpgroup's half of a tile, [128, 128]: its logits, and where it is."""
+
+    def __init__(self, products, i, j, group, places, numbers):
+        self.products, self.i, self.j, self.group = products, i, j, group
+        self.scale, self.bias = numbers[0], numbers[1]
+        self.partner, self.row_count, self.column_count = places[0], places[1], places[2]
+        self.rows, self.columns = pl.ds(i * ROWS, ROWS), pl.ds(j * (COLUMNS // 2), COLUMNS // 2)
+
+    def logits(self, start: int = 0, size: int = COLUMNS // 2):
+        """Of `size` columns; `NOTHING` for partners and beyond the ends."""
+        products = self.products[:, start : start + size]
+        logits = self.scale * products + self.bias
+        row = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+        column = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+        first_row, first_column = self.i * ROWS, self.j * (COLUMNS // 2) + start
+        out = column - row == self.partner + first_row - first_column
+        out |= row >= self.row_count - first_row
+        out |= column >= self.column_count - first_column
+        return jnp.where(out, NOTHING, logits)
+
+
+def _softmax_sums(tile: _Tile, row_out, column_out, *, turn):
+    logits = tile.logits()
+    row_out[tile.j, tile.rows] = _logsumexp(logits, 1)
+    # A sum over rows goes through shared memory that jax reserves once for all warpgroups: they take turns.
+    plgpu.barrier_wait(turn.at[tile.group])
+    column_out[tile.i, tile.columns] = _logsumexp(logits, 0)
+    plgpu.barrier_arrive(turn.at[1 - tile.group])
+
+
+def _softmax_slopes(tile: _Tile, slopes_out, *, leaving, row_total, column_total, totals_full, totals_empty):
+    plgpu.barrier_wait(totals_full)
+    rows = row_total[...]
+    for start in range(0, COLUMNS // 2, _CHUNK):
+        columns = column_total[tile.group, pl.ds(start, _CHUNK)]
+        logits = tile.logits(start, _CHUNK)
+        slopes = jnp.exp(logits - _spread(rows, logits, 0)) + jnp.exp(logits - _spread(columns, logits, 1))
+        _send(slopes, tile, start, leaving, slopes_out)
+    plgpu.barrier_arrive(totals_empty)
+
+
+def _sigmoid_slopes(tile: _Tile, slopes_out, value_out, slope_out, *, leaving):
+    sums = []
+    for start in range(0, COLUMNS // 2, _CHUNK):
+        values, slopes = softplus_and_sigmoid(tile.logits(start, _CHUNK))
+        sums.append((values.sum(1), slopes.sum(1)))
+        _send(slopes, tile, start, leaving, slopes_out)
+    value_out[tile.j, tile.rows], slope_out[tile.j, tile.rows] = (functools.reduce(jnp.add, x) for x in zip(*sums))
+
+
+def _sigmoid_sums(tile: _Tile, value_out):
+    value_out[tile.j, tile.rows] = softplus_and_sigmoid(tile.logits())[0].sum(1)
+
+
+_ENDS: dict[str, Callable[..., None]] = {
+    "softmax_sums": _softmax_sums,
+    "softmax_slopes": _softmax_slopes,
+    "sigmoid_slopes": _sigmoid_slopes,
+    "sigmoid_sums": _sigmoid_sums,
+}
+
+
+def _logsumexp(logits, axis: int):
+    top = logits.max(axis)
+    return top + jnp.log(jnp.exp(logits - _spread(top, logits, 1 - axis)).sum(axis))
+
+
+def _spread(vector, like, axis: int):
+    return lax.broadcast_in_dim(vector, like.shape, [axis])
+
+
+def _send(slopes, tile: _Tile, start: int, leaving, out):
+    """From registers through shared memory, beside what follows."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    leaving[tile.group] = slopes.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    columns = pl.ds(tile.j * (COLUMNS // 2) + start, _CHUNK)
+    plgpu.copy_smem_to_gmem(leaving.at[tile.group], out.at[tile.rows, columns])
+
+
+def softplus_and_sigmoid(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `xla.softplus_and_sigmoid`. Mosaic has no log1p, so here log(1 + x) = 2 artanh(z), z = x / (2 + x) <= 1/3, by
+    its series up to z¹³ (2e-8 relative); one division serves z and the sigmoid."""
+    small = jnp.exp(-jnp.abs(logits))
+    over = 1 / ((1 + small) * (2 + small))
+    z = small * (1 + small) * over
+    square = z * z
+    series = 1 / 13
+    for odd in (11, 9, 7, 5, 3, 1):
+        series = series * square + 1 / odd
+    value = jnp.maximum(logits, 0) + 2 * z * series
+    return value, jnp.where(logits >= 0, 1, small) * (2 + small) * over
