@@ -7,12 +7,21 @@ from collections import Counter
 
 import jax
 
-_CALL = re.compile(r'%(\S+?)(?:\.\d+)? = [^\n]*custom-call\([^\n]*custom_call_target="([^"]*)"')
+_CALL = re.compile(r'^ *(?:ROOT )?%?(\S+?)(?:\.\d+)? = .*custom-call\(.*custom_call_target="([^"]*)"(.*)', re.MULTILINE)
 _PALLAS = ("tpu_custom_call", "mosaic_gpu", "__gpu$xla.gpu.triton")
+_SCOPE = re.compile(r'op_name="[^"]*?([^"/]+)/[^"/]+"')  # what encloses the operation that made the call
 
 
-def custom_calls(compiled: jax.stages.Compiled) -> Counter[str]:
+def custom_calls(program: jax.stages.Compiled | jax.stages.Lowered) -> Counter[str]:
     """How often each custom call stands in a program (one in a loop may run more often): a Pallas kernel under its own
     name, any other under that of its target."""
-    found = _CALL.findall(compiled.as_text() or "")
-    return Counter(name if target.startswith(_PALLAS) else target for name, target in found)
+    lowered = isinstance(program, jax.stages.Lowered)
+    text = program.as_text(dialect="hlo", debug_info=True) if lowered else program.as_text()
+    return Counter(_name(*call) for call in _CALL.findall(text or ""))
+
+
+def _name(instruction: str, target: str, rest: str) -> str:
+    scope = _SCOPE.search(rest)
+    if target.startswith("mosaic_gpu") and scope:  # the instruction has another name there
+        return scope[1]
+    return instruction if target.startswith(_PALLAS) else target

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from vlm_jax.errors import UsageError
 from vlm_jax.kernels import placement
-from vlm_jax.kernels.contrastive import loss, reference
+from vlm_jax.kernels.contrastive import gpu, loss, reference
 from vlm_jax.kernels.contrastive.loss import Plan
 from vlm_jax.kernels.placement import partition
 
@@ -39,9 +39,10 @@ def softmax_contrastive_loss(
             sharded: image and text are this device's [n, D]. The value is the loss of all pairs, the same on every
             device; gradients are those of it, that of the scale summed already. Texts are gathered up to
             `GATHER_BYTES`; beyond, they go around a ring.
-        implementation: "reference" (the definition, [N, N] in float32), "xla" (in tiles, anywhere), "pallas" (TPU),
-            "pallas_interpret" (the same on a CPU, slowly), or None: "pallas" where the call is lowered for a TPU, else
-            "xla". The platform is that of the mesh, if there is one.
+        implementation: "reference" (the definition, [N, N] in float32), "xla" (in tiles, anywhere), "pallas" (TPU; or
+            Hopper GPU, bfloat16 features), "pallas_interpret" (the TPU's on a CPU, slowly), or None: "pallas" where the
+            call is lowered for one of these, else "xla". The platform is that of the mesh, if there is one; a GPU is
+            known by its mesh alone, so without one "xla" serves there.
 
     Returns:
         float32 scalar, differentiable in image, text and scale (once); all sums are float32, products are of
@@ -88,12 +89,13 @@ def _call(kind: str, image, text, scalars, axis_name, implementation: str | None
 
 def _choose(kind: str, mesh, image, implementation: str | None) -> str:
     """As `placement.choose`."""
-    refusal = None
     if mesh.auto_axes and mesh.size > 1:
-        refusal = "the compiler does not partition it: use explicit mesh axes, or shard_map"
-    elif image.dtype not in (jnp.bfloat16, jnp.float32):
-        refusal = f"it takes bfloat16 and float32 features, not {image.dtype}"
-    return placement.choose(f"{kind}_contrastive_loss", mesh, {"tpu": refusal}, implementation)
+        of_tpu = of_gpu = "the compiler does not partition it: use explicit mesh axes, or shard_map"
+    else:
+        taken = image.dtype in (jnp.bfloat16, jnp.float32)
+        of_tpu = None if taken else f"it takes bfloat16 and float32 features, not {image.dtype}"
+        of_gpu = gpu.refusal(mesh, image.dtype)
+    return placement.choose(f"{kind}_contrastive_loss", mesh, {"tpu": of_tpu, "gpu": of_gpu}, implementation)
 
 
 def _local(kind: str, mesh, image, text, scalars, axis_name, choice: str) -> jax.Array:
@@ -114,9 +116,10 @@ def _part(kind: str, mesh, image, text, scalars, axis_name, choice: str) -> jax.
         image, text = (jax.lax.all_gather(x, axis_name, tiled=True) for x in (image, text))
         return jax.lax.pmean(definition(image, text, *scalars), axis_name)
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    platform = placement.platform_of(mesh)
     plan = Plan(
-        blocks=choice,
-        platform=placement.platform_of(mesh) or jax.default_backend(),
+        blocks="pallas_gpu" if choice == "pallas" and platform == "gpu" else choice,
+        platform=platform or jax.default_backend(),
         axis_name=axis_name,
         ring=devices * text.size * text.dtype.itemsize > GATHER_BYTES,
     )

@@ -15,7 +15,6 @@ thread. `interpret` is None, or jax's parameters of Mosaic GPU's interpreter.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -81,7 +80,10 @@ def softmax_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     """As `xla.softmax_gradients`."""
     call = _Call(image, text, scale, None, offset, interpret)
-    rows, columns = cut_into(row_logsumexp, call.shape[0], call.rows), cut_into(column_logsumexp, call.shape[1], call.columns)
+    rows, columns = (
+        cut_into(row_logsumexp, call.shape[0], call.rows),
+        cut_into(column_logsumexp, call.shape[1], call.columns),
+    )
     return call.gradients("softmax_slopes", 0, lambda i, j: (rows[i], columns[j]))[0]
 
 
@@ -141,21 +143,23 @@ class _Call:
 
     def panel(self, kind: str, i, j, *totals: jax.Array) -> list[jax.Array]:
         """What the kernel `kind` (of `_ENDS`) gives for panel (i, j)."""
-        first = jnp.stack([jnp.int32(i * self.rows), jnp.int32(j * self.columns)])
-        ends = jnp.array(self.counts, jnp.int32) - first
-        places = jnp.concatenate([(self.offset + first[0] - first[1])[None], ends])
+        row, column = i * self.rows, j * self.columns
+        places = [i, j, self.offset + row - column, self.counts[0] - row, self.counts[1] - column]
+        places = jnp.stack([jnp.asarray(x, jnp.int32) for x in places])
         kernel = _kernel(kind, self.images, self.turned, self.blocks, self.interpret)
-        return kernel(places, self.numbers, self.images[i], self.turned[j], *totals)
+        return kernel(places, self.numbers, self.images, self.turned, *totals)
 
     def gradients(self, kind: str, sums: int, totals: Callable):
         """((slope · text [n, D], slopeᵀ · image [m, D]), `sums` sums per image [n])."""
 
         def row(i, carry):
+            image = self.images[i]
+
             def column(j, carry):
                 d_row, d_texts, outs = carry
                 slopes, *found = self.panel(kind, i, j, *totals(i, j))
                 d_row = d_row + _product(slopes, self.texts[j], 1)
-                d_texts = d_texts.at[j].set(d_texts[j] + _product(slopes, self.images[i], 0))
+                d_texts = d_texts.at[j].set(d_texts[j] + _product(slopes, image, 0))
                 return d_row, d_texts, tuple(out + part.sum(0) for out, part in zip(outs, found, strict=True))
 
             d_images, d_texts, outs = carry
@@ -190,12 +194,14 @@ def _even(length: int, limit: int, unit: int) -> int:
 
 
 def _kernel(kind: str, images: jax.Array, turned: jax.Array, blocks: int, interpret: Any) -> Callable:
-    """`kernel(places, numbers, image [R, D], turned [D, C], *totals)`, over the tiles of a panel.
+    """`kernel(places, numbers, images [.., R, D], turned [.., D, C], *totals)`, over the tiles of a panel.
 
-    places: the column that is the partner of row 0, and how many rows and columns count. numbers: scale and bias.
+    places: which images and texts, the column that is the partner of row 0, how many rows and columns count. numbers:
+    scale and bias.
     totals: for "softmax_slopes" the logsumexps, [R] and [C]. Sums leave as [C / 128, R] or [R / 128, C].
     """
-    (_, rows, width), columns = images.shape, turned.shape[-1]
+    (_, rows, width), columns, dtype = images.shape, turned.shape[-1], images.dtype
+    vary = jax.typeof(images).manual_axis_type
     down, across, steps = rows // ROWS, columns // COLUMNS, width // _DEPTH
     tiles = down * across
     blocks = min(blocks, tiles)
@@ -209,8 +215,8 @@ def _kernel(kind: str, images: jax.Array, turned: jax.Array, blocks: int, interp
     }[kind]
     swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
     scratch = {
-        "a": plgpu.SMEM((_SLOTS, ROWS, _DEPTH), images.dtype, transforms=swizzled),
-        "b": plgpu.SMEM((_SLOTS, _DEPTH, COLUMNS), images.dtype, transforms=swizzled),
+        "a": plgpu.SMEM((_SLOTS, ROWS, _DEPTH), dtype, transforms=swizzled),
+        "b": plgpu.SMEM((_SLOTS, _DEPTH, COLUMNS), dtype, transforms=swizzled),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),  # both copies
         "empty": plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),  # both warpgroups
     }
@@ -224,7 +230,7 @@ def _kernel(kind: str, images: jax.Array, turned: jax.Array, blocks: int, interp
     if slopes in outputs:
         scratch["leaving"] = plgpu.SMEM((2, ROWS, _CHUNK), jnp.bfloat16, transforms=swizzled)
 
-    def body(places, numbers, image, turned, *refs, a, b, full, empty, **scratch):
+    def body(places, numbers, images, turned, *refs, a, b, full, empty, **scratch):
         totals, outs = refs[: -len(outputs)], refs[-len(outputs) :]
         group, first = lax.axis_index("group"), lax.axis_index("block")
         mine = lax.div(tiles - first + blocks - 1, jnp.int32(blocks))
@@ -237,6 +243,7 @@ def _kernel(kind: str, images: jax.Array, turned: jax.Array, blocks: int, interp
         @pl.when(group == 2)
         def _():
             plgpu.set_max_registers(40, action="decrease")
+            image, text = images.at[places[0]], turned.at[places[1]]
 
             @pl.loop(0, mine)
             def _(t):
@@ -249,7 +256,7 @@ def _kernel(kind: str, images: jax.Array, turned: jax.Array, blocks: int, interp
                     pl.when(n >= _SLOTS)(lambda: plgpu.barrier_wait(empty.at[slot]))
                     deep = pl.ds(k * _DEPTH, _DEPTH)
                     plgpu.copy_gmem_to_smem(image.at[pl.ds(i * ROWS, ROWS), deep], a.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(turned.at[deep, pl.ds(j * COLUMNS, COLUMNS)], b.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(text.at[deep, pl.ds(j * COLUMNS, COLUMNS)], b.at[slot], full.at[slot])
 
                 if totals:
                     arrived = scratch["totals_full"]
@@ -299,7 +306,6 @@ def _kernel(kind: str, images: jax.Array, turned: jax.Array, blocks: int, interp
                 pl.when(group == 0)(lambda: plgpu.barrier_wait(scratch["turn"].at[0]))
 
     body.__name__ = f"contrastive_{kind}"
-    vary = jax.typeof(images).manual_axis_type
     return plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=vary) for shape, dtype in outputs],
@@ -311,6 +317,7 @@ def _kernel(kind: str, images: jax.Array, turned: jax.Array, blocks: int, interp
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+            reduction_scratch_bytes=6144 if kind == "softmax_sums" else 1024,  # of sums over rows; others need none
         ),
         interpret=interpret,
     )
@@ -322,7 +329,7 @@ class _Tile:
     def __init__(self, products, i, j, group, places, numbers):
         self.products, self.i, self.j, self.group = products, i, j, group
         self.scale, self.bias = numbers[0], numbers[1]
-        self.partner, self.row_count, self.column_count = places[0], places[1], places[2]
+        self.partner, self.row_count, self.column_count = places[2], places[3], places[4]
         self.rows, self.columns = pl.ds(i * ROWS, ROWS), pl.ds(j * (COLUMNS // 2), COLUMNS // 2)
 
     def logits(self, start: int = 0, size: int = COLUMNS // 2):
@@ -359,12 +366,12 @@ def _softmax_slopes(tile: _Tile, slopes_out, *, leaving, row_total, column_total
 
 
 def _sigmoid_slopes(tile: _Tile, slopes_out, value_out, slope_out, *, leaving):
-    sums = []
+    value_sum = slope_sum = 0.0
     for start in range(0, COLUMNS // 2, _CHUNK):
         values, slopes = softplus_and_sigmoid(tile.logits(start, _CHUNK))
-        sums.append((values.sum(1), slopes.sum(1)))
+        value_sum, slope_sum = value_sum + values.sum(1), slope_sum + slopes.sum(1)
         _send(slopes, tile, start, leaving, slopes_out)
-    value_out[tile.j, tile.rows], slope_out[tile.j, tile.rows] = (functools.reduce(jnp.add, x) for x in zip(*sums))
+    value_out[tile.j, tile.rows], slope_out[tile.j, tile.rows] = value_sum, slope_sum
 
 
 def _sigmoid_sums(tile: _Tile, value_out):

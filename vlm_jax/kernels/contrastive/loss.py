@@ -18,15 +18,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.kernels.contrastive import tpu, xla
+from vlm_jax.kernels.contrastive import gpu, tpu, xla
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What of a call is known before it is traced.
 
-    `blocks` is "xla", "pallas", "pallas_interpret" or "auto": by the platform that the program is lowered for.
-    `platform` sizes the tiles of "xla". `ring`: the texts travel; else they are gathered.
+    `blocks` is "xla", "pallas" (the TPU's), "pallas_interpret", "pallas_gpu", or "auto": the TPU's where the program is
+    lowered for one. `platform` sizes the tiles of "xla". `ring`: the texts travel; else they are gathered.
     """
 
     blocks: str
@@ -39,11 +39,13 @@ class Plan:
         return 1 if self.axis_name is None else jax.lax.axis_size(self.axis_name)
 
     def call(self, name: str, image: jax.Array, text: jax.Array, *rest: jax.Array | int) -> Any:
-        """The operation `name` of `xla.py` or `tpu.py` on a block of images and a block of texts."""
+        """The operation `name` of `xla.py`, `tpu.py` or `gpu.py` on a block of images and a block of texts."""
         tiles = xla.choose_tiles(image.shape[0], text.shape[0], self.platform)
         in_xla = functools.partial(getattr(xla, name), tiles=tiles)
         if self.blocks == "xla":
             return in_xla(image, text, *rest)
+        if self.blocks == "pallas_gpu":
+            return getattr(gpu, name)(image, text, *rest)
         in_pallas = functools.partial(getattr(tpu, name), interpret=self.blocks == "pallas_interpret")
         if self.blocks == "auto":
             return jax.lax.platform_dependent(image, text, *rest, tpu=in_pallas, default=in_xla)
