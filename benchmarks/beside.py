@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -37,6 +36,8 @@ def ratio(took: Mapping[str, list[float]], theirs: str, ours: str) -> float:
 
 def bare_products(rounds: int) -> dict[str, float]:
     """GF/s of a product of large matrices, of either side."""
+    import torch
+
     size, times = 2048, 4
     a, b = (np.random.default_rng(i).standard_normal((size, size), np.float32) for i in range(2))
     ja, jb, ta, tb = jnp.asarray(a), jnp.asarray(b), torch.tensor(a), torch.tensor(b)

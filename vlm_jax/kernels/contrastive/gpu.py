@@ -15,6 +15,7 @@ thread. `interpret` is None, or jax's parameters of Mosaic GPU's interpreter.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,7 @@ ROWS, COLUMNS = 128, 256  # of a tile
 PANEL = 4096, 8192
 SMS = 132  # of an H100 or H200, where no mesh says it
 _DEPTH, _SLOTS = 64, 4  # of a part of the features; 48 KB each
-_CHUNK = 64  # columns of slopes that a warpgroup sends off at a time
+_CHUNK = 64  # columns whose logits a warpgroup treats at a time: 64 registers per thread
 
 
 def refusal(mesh: jax.sharding.AbstractMesh, dtype: jnp.dtype) -> str | None:
@@ -197,8 +198,7 @@ def _kernel(kind: str, images: jax.Array, turned: jax.Array, blocks: int, interp
     """`kernel(places, numbers, images [.., R, D], turned [.., D, C], *totals)`, over the tiles of a panel.
 
     places: which images and texts, the column that is the partner of row 0, how many rows and columns count. numbers:
-    scale and bias.
-    totals: for "softmax_slopes" the logsumexps, [R] and [C]. Sums leave as [C / 128, R] or [R / 128, C].
+    scale and bias. totals: the logsumexps of "softmax_slopes", [R] and [C]. Sums leave as [C / 128, R] or [R / 128, C].
     """
     (_, rows, width), columns, dtype = images.shape, turned.shape[-1], images.dtype
     vary = jax.typeof(images).manual_axis_type
@@ -224,8 +224,8 @@ def _kernel(kind: str, images: jax.Array, turned: jax.Array, blocks: int, interp
         scratch["turn"] = plgpu.Barrier(num_barriers=2)
     if kind == "softmax_slopes":
         scratch["row_total"] = plgpu.SMEM((ROWS,), jnp.float32)
-        scratch["column_total"] = plgpu.SMEM((2, COLUMNS // 2), jnp.float32)
-        scratch["totals_full"] = plgpu.Barrier(num_arrivals=3)
+        scratch["column_total"] = plgpu.SMEM((COLUMNS,), jnp.float32)
+        scratch["totals_full"] = plgpu.Barrier(num_arrivals=2)
         scratch["totals_empty"] = plgpu.Barrier(num_arrivals=2)
     if slopes in outputs:
         scratch["leaving"] = plgpu.SMEM((2, ROWS, _CHUNK), jnp.bfloat16, transforms=swizzled)
@@ -262,9 +262,7 @@ def _kernel(kind: str, images: jax.Array, turned: jax.Array, blocks: int, interp
                     arrived = scratch["totals_full"]
                     pl.when(t > 0)(lambda: plgpu.barrier_wait(scratch["totals_empty"]))
                     plgpu.copy_gmem_to_smem(totals[0].at[pl.ds(i * ROWS, ROWS)], scratch["row_total"], arrived)
-                    for half in range(2):
-                        place_of = pl.ds((2 * j + half) * (COLUMNS // 2), COLUMNS // 2)
-                        plgpu.copy_gmem_to_smem(totals[1].at[place_of], scratch["column_total"].at[half], arrived)
+                    plgpu.copy_gmem_to_smem(totals[1].at[pl.ds(j * COLUMNS, COLUMNS)], scratch["column_total"], arrived)
 
             # A barrier must have been waited for as often as it was reached.
             every = mine * steps
@@ -330,11 +328,15 @@ class _Tile:
         self.products, self.i, self.j, self.group = products, i, j, group
         self.scale, self.bias = numbers[0], numbers[1]
         self.partner, self.row_count, self.column_count = places[2], places[3], places[4]
-        self.rows, self.columns = pl.ds(i * ROWS, ROWS), pl.ds(j * (COLUMNS // 2), COLUMNS // 2)
+        self.rows, self.starts = pl.ds(i * ROWS, ROWS), range(0, COLUMNS // 2, _CHUNK)
 
-    def logits(self, start: int = 0, size: int = COLUMNS // 2):
-        """Of `size` columns; `NOTHING` for partners and beyond the ends."""
-        products = self.products[:, start : start + size]
+    def columns(self, start: int):
+        """Where a chunk of columns is in the panel."""
+        return pl.ds(self.j * (COLUMNS // 2) + start, _CHUNK)
+
+    def logits(self, start: int):
+        """Of a chunk of columns; `NOTHING` for partners and beyond the ends."""
+        products = self.products[:, start : start + _CHUNK]
         logits = self.scale * products + self.bias
         row = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
         column = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
@@ -346,20 +348,25 @@ class _Tile:
 
 
 def _softmax_sums(tile: _Tile, row_out, column_out, *, turn):
-    logits = tile.logits()
-    row_out[tile.j, tile.rows] = _logsumexp(logits, 1)
+    chunks = [tile.logits(start) for start in tile.starts]
+    top = functools.reduce(jnp.maximum, [logits.max(1) for logits in chunks])
+    total = sum(jnp.exp(logits - _spread(top, logits, 0)).sum(1) for logits in chunks)
+    row_out[tile.j, tile.rows] = top + jnp.log(total)
     # A sum over rows goes through shared memory that jax reserves once for all warpgroups: they take turns.
     plgpu.barrier_wait(turn.at[tile.group])
-    column_out[tile.i, tile.columns] = _logsumexp(logits, 0)
+    for start, logits in zip(tile.starts, chunks, strict=True):
+        top = logits.max(0)
+        total = jnp.exp(logits - _spread(top, logits, 1)).sum(0)
+        column_out[tile.i, tile.columns(start)] = top + jnp.log(total)
     plgpu.barrier_arrive(turn.at[1 - tile.group])
 
 
 def _softmax_slopes(tile: _Tile, slopes_out, *, leaving, row_total, column_total, totals_full, totals_empty):
     plgpu.barrier_wait(totals_full)
     rows = row_total[...]
-    for start in range(0, COLUMNS // 2, _CHUNK):
-        columns = column_total[tile.group, pl.ds(start, _CHUNK)]
-        logits = tile.logits(start, _CHUNK)
+    for start in tile.starts:
+        columns = column_total[pl.ds(tile.group * (COLUMNS // 2) + start, _CHUNK)]
+        logits = tile.logits(start)
         slopes = jnp.exp(logits - _spread(rows, logits, 0)) + jnp.exp(logits - _spread(columns, logits, 1))
         _send(slopes, tile, start, leaving, slopes_out)
     plgpu.barrier_arrive(totals_empty)
@@ -367,15 +374,15 @@ def _softmax_slopes(tile: _Tile, slopes_out, *, leaving, row_total, column_total
 
 def _sigmoid_slopes(tile: _Tile, slopes_out, value_out, slope_out, *, leaving):
     value_sum = slope_sum = 0.0
-    for start in range(0, COLUMNS // 2, _CHUNK):
-        values, slopes = softplus_and_sigmoid(tile.logits(start, _CHUNK))
+    for start in tile.starts:
+        values, slopes = softplus_and_sigmoid(tile.logits(start))
         value_sum, slope_sum = value_sum + values.sum(1), slope_sum + slopes.sum(1)
         _send(slopes, tile, start, leaving, slopes_out)
     value_out[tile.j, tile.rows], slope_out[tile.j, tile.rows] = value_sum, slope_sum
 
 
 def _sigmoid_sums(tile: _Tile, value_out):
-    value_out[tile.j, tile.rows] = softplus_and_sigmoid(tile.logits())[0].sum(1)
+    value_out[tile.j, tile.rows] = sum(softplus_and_sigmoid(tile.logits(start))[0].sum(1) for start in tile.starts)
 
 
 _ENDS: dict[str, Callable[..., None]] = {
@@ -384,11 +391,6 @@ _ENDS: dict[str, Callable[..., None]] = {
     "sigmoid_slopes": _sigmoid_slopes,
     "sigmoid_sums": _sigmoid_sums,
 }
-
-
-def _logsumexp(logits, axis: int):
-    top = logits.max(axis)
-    return top + jnp.log(jnp.exp(logits - _spread(top, logits, 1 - axis)).sum(axis))
 
 
 def _spread(vector, like, axis: int):
@@ -400,8 +402,7 @@ def _send(slopes, tile: _Tile, start: int, leaving, out):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     leaving[tile.group] = slopes.astype(jnp.bfloat16)
     plgpu.commit_smem()
-    columns = pl.ds(tile.j * (COLUMNS // 2) + start, _CHUNK)
-    plgpu.copy_smem_to_gmem(leaving.at[tile.group], out.at[tile.rows, columns])
+    plgpu.copy_smem_to_gmem(leaving.at[tile.group], out.at[tile.rows, tile.columns(start)])
 
 
 def softplus_and_sigmoid(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
