@@ -83,18 +83,18 @@ def test_the_gpu_kernels_equal_the_definition_at_every_small_shape(kind, name, i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_panels_equal_the_whole(blocks, interpreted, monkeypatch) -> None:
-    """More texts than images, partners off the diagonal; several panels, several blocks, tiles as on a GPU."""
-    for name, value in (("SMS", blocks), ("ROWS", 128), ("COLUMNS", 256)):
+@pytest.mark.parametrize(("images", "texts", "blocks", "panel"), [(200, 300, 1, (128, 256)), (300, 550, 3, gpu.PANEL)])
+def test_panels_and_blocks_equal_the_whole(images, texts, blocks, panel, interpreted, monkeypatch) -> None:
+    """More texts than images, partners off the diagonal, tiles as on a GPU: in four panels; on three blocks."""
+    for name, value in (("SMS", blocks), ("PANEL", panel), ("ROWS", 128), ("COLUMNS", 256)):
         monkeypatch.setattr(gpu, name, value)
-    monkeypatch.setattr(gpu, "PANEL", (256, 256))
-    image, text = ContrastiveShape(300, 200).arguments()["image"], ContrastiveShape(550, 200).arguments(1)["text"]
+    image = ContrastiveShape(images, 200).arguments()["image"]
+    text = ContrastiveShape(texts, 200).arguments(1)["text"]
     few = [jnp.asarray(x, jnp.bfloat16) for x in (image, text)]
-    scale, bias, whole = jnp.float32(9), jnp.float32(-2), xla.Tiles(300, 550)
+    scale, bias, whole = jnp.float32(9), jnp.float32(-2), xla.Tiles(images, texts)
     rest = {
         "softmax_sums": (scale, 137),
-        "softmax_gradients": (scale, 137, jnp.linspace(3, 6, 300), jnp.linspace(3, 6, 550)),
+        "softmax_gradients": (scale, 137, jnp.linspace(3, 6, images), jnp.linspace(3, 6, texts)),
         "sigmoid_gradients": (scale, bias, 137),
         "sigmoid_sums": (scale, bias, 137),
     }
