@@ -1,7 +1,8 @@
 """The contrastive kernels for Hopper GPUs without one: interpreted against float64, and lowered for an abstract H200.
 
-jax's interpreter of Mosaic GPU runs the three warpgroups as threads, with their barriers and copies, and fails where a
-barrier is waited for too seldom. It does not know layouts, registers or the limits of shared memory; lowering does.
+jax's interpreter of Mosaic GPU runs the three warpgroups as threads, with their barriers and copies. It fails where a
+barrier is waited for too seldom, and says where memory is touched while it moves (that of jax 0.12 knows copies and
+products as asynchronous). Of layouts and the size of shared memory lowering knows; of registers neither.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import jax
@@ -32,7 +34,7 @@ ROUNDED = 2**-7
 
 
 @pytest.fixture
-def interpreted(monkeypatch) -> SimpleNamespace:
+def interpreted(monkeypatch, capfd) -> Iterator[SimpleNamespace]:
     """The four operations on the interpreter, with small tiles, on one block (each would be compiled anew)."""
     try:
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
@@ -40,10 +42,11 @@ def interpreted(monkeypatch) -> SimpleNamespace:
         InterpretGPUParams = plgpu.InterpretParams
     for name, value in (("SMS", 1), ("ROWS", 64), ("COLUMNS", 128)):
         monkeypatch.setattr(gpu, name, value)
-    given = InterpretGPUParams()
+    given = InterpretGPUParams(detect_races=True)
     found = SimpleNamespace(**{name: functools.partial(getattr(gpu, name), interpret=given) for name in NAMES})
     monkeypatch.setattr(loss, "gpu", found)
-    return found
+    yield found
+    assert "RACE" not in capfd.readouterr().out
 
 
 def value_and_gradients(kind, arrays):
