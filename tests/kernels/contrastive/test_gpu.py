@@ -142,7 +142,7 @@ def gradient(kind):
     [
         ("softmax", SHAPES["clip_l14"]),
         ("sigmoid", SHAPES["siglip_so400m"]),
-        ("softmax", ContrastiveShape(262144, 768)),
+        pytest.param("softmax", ContrastiveShape(262144, 768), marks=pytest.mark.slow),
     ],
 )
 def test_exports_for_an_h200_without_an_array_of_all_pairs(kind, shape) -> None:

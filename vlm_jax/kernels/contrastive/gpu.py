@@ -1,12 +1,12 @@
 """The pairs of a block of images and a block of texts on a Hopper GPU: the operations of `xla.py`, their logits in
-kernels for Mosaic GPU.
+Pallas kernels for Mosaic GPU.
 
-The block is cut into panels of at most 4,096 x 8,192 pairs, and a panel into tiles of 128 x 256. A kernel multiplies
-the images and texts of a tile, and of the logits only this leaves the chip: per row and column of the tile a logsumexp
-or a sum, which XLA merges in a fixed order; for gradients also the slopes, in bfloat16, at most 64 MB at a time, which
-XLA's own products (cuBLAS) multiply with the texts and the images. So no logit is made twice in a pass and nothing is
-added in an order that varies. A gradient summed on the chip would not fit there: 128 rows of 768 float32 numbers are
-384 KB, an SM has 256 KB of registers.
+The pairs are cut into panels of at most 4,096 x 8,192, and a panel into tiles of 128 x 256. A kernel multiplies the
+images and texts of a tile, and of the logits only this leaves the chip: per row and column of the tile a logsumexp or a
+sum, which XLA merges in a fixed order; for gradients also the slopes, in bfloat16, 67 MB at a time, which XLA's own
+products (cuBLAS) multiply with the texts and the images. So no logit is made twice in a pass, and no sum depends on
+which tile was first. A gradient summed on the chip would not fit there: 128 rows of 768 float32 numbers are 393 KB, an
+SM has 262 KB of registers.
 
 A block of threads stays on its SM and takes one tile after another. One of its three warpgroups loads parts of 64
 features into four slots of shared memory; the other two multiply (wgmma), 128 columns each, in 128 registers per
@@ -40,7 +40,7 @@ def refusal(mesh: jax.sharding.AbstractMesh, dtype: jnp.dtype) -> str | None:
     """Why the kernels cannot serve features of `dtype` on the GPUs of `mesh`, or None."""
     kind = placement.device_kind(mesh)
     if placement.compute_capability(kind) != 9.0:
-        return f"it is written for Hopper GPUs (H100, H200), not {kind or 'a GPU that no mesh names'}"
+        return f"it is written for Hopper GPUs (H100, H200), not {kind}"
     if dtype != jnp.bfloat16:
         return f"it takes bfloat16 features, not {dtype} (the GPU's matrix units would round float32)"
     return None
