@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -196,13 +197,14 @@ class _Cut:
 
 
 def cut_into(array: jax.Array, parts: int, size: int) -> jax.Array:
+    """[n, ..] -> [parts, size, ..], filled up with zeros."""
     pad = parts * size - array.shape[0]
     if pad:
         array = jnp.pad(array, ((0, pad),) + ((0, 0),) * (array.ndim - 1))
     return array.reshape(parts, size, *array.shape[1:])
 
 
-def loop(steps: int, body: Callable, carry):
+def loop(steps: int, body: Callable, carry: Any) -> Any:
     return body(0, carry) if steps == 1 else jax.lax.fori_loop(0, steps, body, carry)
 
 
