@@ -233,25 +233,6 @@ def test_a_bias_and_a_scan_with_checkpoint_on_eight_devices(small_blocks, explic
         assert_close(run(placed(mesh, arrays, specs), options, placed(mesh, d_out, spec), layers), want)
 
 
-@pytest.mark.parametrize("outside", [True, False])
-def test_a_sharded_sequence_equals_a_whole_one(outside, small_blocks, explicit_mesh) -> None:
-    arrays, options, d_out = made(AttentionShape(2, 64, 64, 4, 2, 8, causal=True, sliding_window=30, segments=2))
-    want = definition(arrays, options, d_out)
-    mesh = explicit_mesh(2, 4, 1)
-    spec, ids = P("data", "fsdp", None, None), options.pop("q_segment_ids")
-    options.pop("kv_segment_ids")
-
-    def local(q, k, v, ids):
-        axis = None if outside else "fsdp"
-        return attention(q, k, v, q_segment_ids=ids, kv_segment_ids=ids, axis_name=axis, **options)
-
-    with jax.set_mesh(mesh):
-        ids = placed(mesh, ids, P("data", "fsdp"))
-        whole = local if outside else jax.shard_map(local, in_specs=(spec,) * 3 + (P("data", "fsdp"),), out_specs=spec)
-        arrays = placed(mesh, arrays, dict.fromkeys("qkv", spec))
-        assert_close(run(arrays, {}, placed(mesh, d_out, spec), lambda q, k, v: whole(q, k, v, ids)), want)
-
-
 # --------------------------------------------------------------------------------------------- memory, choice, mistakes
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from vlm_jax.kernels import placement
-from vlm_jax.kernels.attention import gpu, packed_gpu, reference, tpu, xla
+from vlm_jax.kernels.attention import gpu, packed_gpu, reference, split, tpu, xla
 from vlm_jax.kernels.attention.reference import Mask, Rule
 from vlm_jax.kernels.placement import partition
 
@@ -38,7 +38,8 @@ def attention(
 
     Outside `jax.shard_map` the call follows the explicit sharding of its arguments: batch and heads as q has them (or
     k, where q is replicated); a sharded T stays, a sharded S is gathered. Every device then works on its own part. Key
-    heads that the head axis does not divide are replicated, and each device takes those of its queries.
+    heads that the head axis does not divide are replicated, and each device takes those of its queries. A sharded T
+    that is causal by index is computed in another distribution, in which all devices have the same work (`split.py`).
 
     Args:
         q: [B, T, H, D].
@@ -55,7 +56,7 @@ def attention(
         softcap: softcap * tanh(scores / softcap) replaces the scores.
         scale: default 1 / sqrt(D).
         axis_name: inside shard_map, the mesh axis (or axes) over which T and S are sharded: keys, values and their
-            segment ids and positions are gathered, the queries stay. Positions are then global; `bias` has S whole.
+            segment ids and positions are gathered. Positions are then global; `bias` has S whole.
         implementation: "reference" (the definition, [B, H, T, S] in float32), "xla" (in blocks, anywhere), "pallas"
             (`tpu.py` says which kernel; on a GPU `packed_gpu.py`), "pallas_interpret" (the TPU's on a CPU, slowly),
             "cudnn" (`gpu.py` says for what), or None: a kernel where the call is lowered for a TPU, or the mesh is of
@@ -77,6 +78,8 @@ def attention(
         )
     )
     _check(q, k, v, mask, bias, causal, sliding_window, axis_name)
+    if axis_name is not None and jax.lax.axis_size(axis_name) == 1:
+        axis_name = None
     rule = Rule(
         causal=bool(causal),
         sliding_window=None if sliding_window is None else int(sliding_window),
@@ -93,12 +96,15 @@ def attention(
 
 
 def _choose(mesh, rule, q, k, mask, bias, axis_name, implementation: str | None) -> str:
-    """As `placement.choose`."""
+    """As `placement.choose`. Of a split sequence a kernel is given some queries, all keys, and positions."""
     kind, placed = placement.device_kind(mesh), None
-    if axis_name is not None:
-        placed = "it does not split a sequence over devices (axis_name, or a sharded T)"
-    elif (mesh.auto_axes and mesh.size > 1) or placement.varying_axes(q):
+    if (mesh.auto_axes and mesh.size > 1) or placement.varying_axes(q):
         placed = "the compiler does not partition it: use explicit mesh axes, or shard_map with check_vma=False"
+    keys = k.shape[1] if axis_name is None else k.shape[1] * jax.lax.axis_size(axis_name)
+    queries = q.shape[1] // placement.axes_size(mesh, placement.spec_of(q)[1])
+    if axis_name is not None or queries < q.shape[1]:
+        mask = mask.with_positions(rule, queries, keys)
+        q, k = (jax.ShapeDtypeStruct((len(x), n, *x.shape[2:]), x.dtype) for x, n in ((q, queries), (k, keys)))
     platform = placement.platform_of(mesh)
     worthwhile = gpu.worthwhile(q.shape) if platform == "gpu" else tpu.worthwhile(q.shape, k.shape)
     if implementation is None and not worthwhile:
@@ -110,8 +116,16 @@ def _choose(mesh, rule, q, k, mask, bias, axis_name, implementation: str | None)
 
 def _local(rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementation: str) -> jax.Array:
     """One device's part."""
-    if axis_name is not None:
-        k, v, mask = _gather(rule, q, k, v, mask, axis_name)
+    serve = functools.partial(_serve, rule, implementation)
+    if axis_name is None:
+        return serve(q, k, v, mask, bias)
+    on_gpu = placement.platform_of(placement.mesh_of(q)) == "gpu"
+    skips = implementation in ("xla", "auto") or (implementation == "pallas" and on_gpu)
+    return split.attention(serve, rule, q, k, v, mask, bias, axis_name=axis_name, skips=skips)
+
+
+def _serve(rule: Rule, implementation: str, q, k, v, mask: Mask, bias) -> jax.Array:
+    """Some queries with all of their keys, on one device."""
     mesh = placement.mesh_of(q)
     known = placement.platform_of(mesh)
     platform = known or jax.default_backend()
@@ -137,20 +151,6 @@ def _by_platform(rule: Rule, platform: str, q, k, v, mask: Mask) -> jax.Array:
     return jax.lax.platform_dependent(q, k, v, mask, tpu=on_tpu, default=in_blocks)
 
 
-def _gather(rule: Rule, q, k, v, mask: Mask, axis_name) -> tuple[jax.Array, jax.Array, Mask]:
-    """Keys, values and their masks of all devices of the axis; positions that are not given become global indices."""
-
-    def whole(array):
-        return None if array is None else jax.lax.all_gather(array, axis_name, axis=1, tiled=True)
-
-    if rule.ordered and mask.q_positions is None:
-        length = q.shape[1]
-        index = jax.lax.axis_index(axis_name) * length + jnp.arange(length, dtype=jnp.int32)
-        mask = mask._replace(q_positions=index[None])
-    mask = mask._replace(kv_segment_ids=whole(mask.kv_segment_ids), kv_positions=whole(mask.kv_positions))
-    return whole(k), whole(v), mask
-
-
 def _wrapped(mesh, rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementation) -> jax.Array:
     """The call under shard_map, over the explicit axes of the arguments' mesh."""
     specs = [placement.spec_of(x) for x in (q, k, v)]
@@ -167,8 +167,12 @@ def _wrapped(mesh, rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementat
             f"attention: {q.shape[2]} query heads on {k.shape[2]} key heads do not split over the {parts} devices of "
             f"{heads}; choose a head axis that divides {k.shape[2]}, or is a multiple of it"
         )
-    choice = _choose(mesh, rule, q, k, mask, bias, axis_name or length or None, implementation)
-    if length and axis_name is None and rule.ordered and mask.q_positions is None:
+    choice = _choose(mesh, rule, q, k, mask, bias, axis_name, implementation)
+    divided = placement.axes_size(mesh, length) > 1
+    if divided and axis_name is not None:
+        raise ValueError(f"attention: T is split twice, over axis_name={axis_name!r} and over {length}; choose one")
+    key_length = length if divided and specs[1][1] == length else ()  # else the keys are gathered on the way in
+    if divided and not key_length and rule.ordered and mask.q_positions is None:
         mask = mask._replace(q_positions=jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2]))
 
     def body(q, k, v, *rest):
@@ -177,10 +181,10 @@ def _wrapped(mesh, rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementat
             count = max(1, per_device // group)
             first = jax.lax.axis_index(heads) * per_device // group
             k, v = (jax.lax.dynamic_slice_in_dim(x, first, count, 2) for x in (k, v))
-        return _local(rule, q, k, v, mask, bias, axis_name, choice)
+        return _local(rule, q, k, v, mask, bias, axis_name or key_length or None, choice)
 
     query_spec, query_row = partition(batch, length, heads, ()), partition(batch, length)
-    key_spec, key_row = partition(batch, (), key_heads, ()), partition(batch, ())
+    key_spec, key_row = partition(batch, key_length, key_heads, ()), partition(batch, key_length)
     specs = [query_spec, key_spec, key_spec, query_row, key_row, query_row, key_row]
     if bias is not None:
         has = (axes if size > 1 else () for axes, size in zip((batch, heads, length, ()), bias.shape, strict=True))

@@ -66,7 +66,7 @@ def cudnn_refusal(
     if mask.q_segment_ids is not None:
         return "cuDNN knows no segment ids"
     if rule.ordered and (mask.q_positions is not None or mask.kv_positions is not None):
-        return "cuDNN orders by index, not by positions"
+        return "cuDNN orders by index, not by positions, which a part of a split T needs"
     if rule.sliding_window is not None and not rule.causal:
         return "cuDNN has a sliding window only where the call is causal"
     if bias is not None or rule.softcap is not None:

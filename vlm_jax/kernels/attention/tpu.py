@@ -22,7 +22,7 @@ def refusal(
         return "the kernels take no bias"
     if _fits(q, k, device_kind) or splash.serves(rule, mask):
         return None
-    return f"beyond {short.MOST_KEYS:,} keys it orders by index, so leave q_positions and kv_positions out"
+    return f"beyond {short.MOST_KEYS:,} keys it orders by index, so leave q_positions and kv_positions out and T whole"
 
 
 def worthwhile(q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> bool:
