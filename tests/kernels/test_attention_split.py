@@ -166,3 +166,16 @@ def test_a_kernel_is_refused_where_the_compiler_checks_what_varies() -> None:
         assert "attention_packed" in str(jax.make_jaxpr(functools.partial(outer, check_vma=False))(*arrays))
         with pytest.raises(UsageError, match="shard_map with check_vma=False"):
             jax.make_jaxpr(functools.partial(outer, check_vma=True))(*arrays)
+
+
+def test_a_sequence_is_split_one_way(explicit_mesh) -> None:
+    with jax.set_mesh(explicit_mesh(2, 2, 1)):
+        x = jnp.zeros((1, 8, 1, 4), out_sharding=P(None, ("data", "fsdp")))
+        call = jax.shard_map(
+            lambda x: attention(x, x, x, causal=True, axis_name="data"),
+            in_specs=P(None, "data"),
+            out_specs=P(None, "data"),
+            axis_names={"data"},
+        )
+        with pytest.raises(ValueError, match=r"split twice, over axis_name='data' and over \('fsdp',\)"):
+            jax.make_jaxpr(call)(x)
