@@ -113,7 +113,7 @@ def compile_attention(name: str, ours: bool) -> dict[str, Any]:
 
     arrays, options = shape.arguments()
     if ours:
-        plan = Plan.make(arrays["q"].shape, arrays["k"].shape)
+        plan = Plan.make(arrays["q"].shape, arrays["k"].shape, mesh.devices.flat[0].device_kind)
         steps = plan.batch * plan.programs * plan.blocks
         masks = {key: like(x.shape, jnp.int32) for key, x in options.items() if isinstance(x, np.ndarray)}
         known = {key: x for key, x in options.items() if not isinstance(x, np.ndarray)}

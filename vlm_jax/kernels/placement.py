@@ -82,8 +82,18 @@ def platform_of(mesh: AbstractMesh) -> str | None:
 
     None where there is no mesh: what is lowered for is then known only to `jax.lax.platform_dependent`.
     """
-    kind = (device_kind(mesh) or "").lower()
-    return next((platform for platform in ("tpu", "cpu") if kind.startswith(platform)), "gpu") if kind else None
+    kind = device_kind(mesh)
+    return platform_named(kind) if kind else None
+
+
+def platform_named(device: str) -> str:
+    """The platform of a device by its kind, or by its platform's name."""
+    return next((platform for platform in ("tpu", "cpu") if device.lower().startswith(platform)), "gpu")
+
+
+def device_of(mesh: AbstractMesh) -> str:
+    """The name by which `tiles.tile_size` knows a device: the kind that the mesh tells, else jax's default platform."""
+    return device_kind(mesh) or jax.default_backend()
 
 
 def device_kind(mesh: AbstractMesh) -> str | None:

@@ -127,14 +127,13 @@ def _local(rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementation: str
 def _serve(rule: Rule, implementation: str, q, k, v, mask: Mask, bias) -> jax.Array:
     """Some queries with all of their keys, on one device."""
     mesh = placement.mesh_of(q)
-    known = placement.platform_of(mesh)
-    platform = known or jax.default_backend()
+    known, device = placement.platform_of(mesh), placement.device_of(mesh)
     if implementation == "auto":
-        return _by_platform(rule, platform, q, k, v, mask)
+        return _by_platform(rule, device, q, k, v, mask)
     if implementation == "reference":
         return reference.attention(q, k, v, mask, bias, rule=rule)
     if implementation == "xla":
-        return xla.attention(q, k, v, mask, bias, rule=rule, platform=platform)
+        return xla.attention(q, k, v, mask, bias, rule=rule, device=device)
     if implementation == "cudnn":
         return gpu.cudnn(q, k, v, rule=rule)
     if implementation == "pallas" and known == "gpu":
@@ -144,10 +143,10 @@ def _serve(rule: Rule, implementation: str, q, k, v, mask: Mask, bias) -> jax.Ar
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _by_platform(rule: Rule, platform: str, q, k, v, mask: Mask) -> jax.Array:
+def _by_platform(rule: Rule, device: str, q, k, v, mask: Mask) -> jax.Array:
     """Without a mesh the platform is known when the program is lowered, not while it is traced."""
     on_tpu = functools.partial(tpu.attention, rule=rule)
-    in_blocks = functools.partial(xla.attention, bias=None, rule=rule, platform=platform)
+    in_blocks = functools.partial(xla.attention, bias=None, rule=rule, device=device)
     return jax.lax.platform_dependent(q, k, v, mask, tpu=on_tpu, default=in_blocks)
 
 

@@ -21,20 +21,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from vlm_jax.kernels.attention.reference import Mask, Rule
+from vlm_jax.kernels.tiles import tile_size
 
 MOST_KEYS = 2048
 FEWEST_QUERIES = 8  # fewer (decoding) would mostly be padding
 _LANES = 128
-_SCORES = 2**18  # of one head and block: 1 MB in float32
 _UNSEEN = -1e30
 _MEGABYTE = 2**20
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, rule: Rule, interpret: bool = False
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, rule: Rule, device: str, interpret: bool = False
 ) -> jax.Array:
     """As `reference.attention` without a bias, of at most `MOST_KEYS` keys."""
-    plan = Plan.make(q.shape, k.shape)
+    plan = Plan.make(q.shape, k.shape, device)
     mask = mask.with_positions(rule, plan.queries, plan.keys)
     filled = [
         None if row is None else jnp.pad(row, ((0, 0), (0, length - row.shape[1])))[:, None]
@@ -62,14 +62,15 @@ class Plan:
     per_program: int
 
     @classmethod
-    def make(cls, q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> Plan:
+    def make(cls, q_shape: tuple[int, ...], kv_shape: tuple[int, ...], device: str) -> Plan:
         batch, queries, heads, features = q_shape
         keys, kv_heads = kv_shape[1:3]
-        most = max(_LANES, _SCORES // _whole(keys) // _LANES * _LANES)
+        of_head = tile_size("attention.short.scores", device)
+        most = max(_LANES, of_head // _whole(keys) // _LANES * _LANES)
         block = _whole(math.ceil(queries / math.ceil(queries / most)))
         whole = [n for n in range(1, kv_heads) if kv_heads % n == 0 and n * features % _LANES == 0] or [kv_heads]
         scores = heads // kv_heads * block * _whole(keys)
-        fitting = [n for n in whole if n * scores <= 4 * _SCORES]
+        fitting = [n for n in whole if n * scores <= 4 * of_head]
         return cls(batch, queries, keys, heads, kv_heads, features, block, max(fitting, default=whole[0]))
 
     @property

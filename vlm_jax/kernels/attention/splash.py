@@ -2,7 +2,7 @@
 
 Splash divides 0 by 0 in a row that sees nothing. It is given one attention sink per head at -1e30, which weighs nothing
 beside any key and makes an empty row's sum 1: value 0, gradient 0, no NaN. Source: jax.experimental.pallas.ops.tpu.
-splash_attention; the tile sizes follow the tables of tokamax (best at 1024 and more, 128 never).
+splash_attention; the tile sizes of `tiles.json` follow the tables of tokamax (best at 1024 and more, 128 never).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from vlm_jax.kernels.attention.reference import Mask, Rule
+from vlm_jax.kernels.tiles import tile_size
 
-BLOCK = 1024
 FEWEST_QUERIES = 128
 _LANES = 128
 _SINK = -1e30
@@ -27,12 +27,12 @@ def serves(rule: Rule, mask: Mask) -> bool:
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, rule: Rule, interpret: bool = False
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, rule: Rule, device: str, interpret: bool = False
 ) -> jax.Array:
     """As `reference.attention` without a bias, for calls that it `serves`."""
     queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
-    block_q, padded_q = _tile(queries)
-    block_kv, padded_kv = _tile(keys)
+    block_q, padded_q = _tile(queries, longest_block(device))
+    block_kv, padded_kv = _tile(keys, longest_block(device))
 
     def pad(array, length):  # [B, T, H, D] -> [B, H, padded, D]
         return jnp.pad(array, ((0, 0), (0, length - array.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
@@ -53,7 +53,7 @@ def attention(
         seen = splash.LocalMask(shape, (rule.sliding_window - 1, 0 if rule.causal else None), 0)
     else:
         seen = splash.CausalMask(shape) if rule.causal else splash.FullMask(shape)
-    compute = _compute_tile(block_kv)
+    compute = _compute_tile(block_kv, tile_size("attention.splash.compute", device))
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([seen] * heads),
         block_sizes=splash.BlockSizes(
@@ -78,13 +78,18 @@ def attention(
     return out.swapaxes(1, 2)[:, :queries]
 
 
-def _tile(length: int) -> tuple[int, int]:
-    """The tile and the padded length: the fewest equal tiles of at most `BLOCK`, in whole lanes."""
-    tiles = math.ceil(length / BLOCK)
+def longest_block(device: str) -> int:
+    """Of queries, and of keys."""
+    return tile_size("attention.splash.block", device)
+
+
+def _tile(length: int, most: int) -> tuple[int, int]:
+    """The tile and the padded length: the fewest equal tiles of at most `most`, in whole lanes."""
+    tiles = math.ceil(length / most)
     tile = math.ceil(length / tiles / _LANES) * _LANES
     return tile, tile * tiles
 
 
-def _compute_tile(tile: int) -> int:
-    """The part of a key tile that is multiplied at once: its largest divisor of at most 768 in whole lanes."""
-    return next(size for size in range(768, 0, -_LANES) if tile % size == 0)
+def _compute_tile(tile: int, most: int) -> int:
+    """The part of a key tile that is multiplied at once: its largest divisor of at most `most` in whole lanes."""
+    return next(size for size in range(most, 0, -_LANES) if tile % size == 0)

@@ -42,13 +42,14 @@ def attention(
 ) -> jax.Array:
     """As `reference.attention` without a bias, for calls that `refusal` lets through. device_kind: as jax names it;
     None where it is not known."""
-    skips = rule.ordered and k.shape[1] > splash.BLOCK
+    device = device_kind or "tpu"
+    skips = rule.ordered and k.shape[1] > splash.longest_block(device)
     fits = _fits(q, k, device_kind)
     kernel = splash if splash.serves(rule, mask) and (skips or not fits) else short
-    return kernel.attention(q, k, v, mask, rule=rule, interpret=interpret)
+    return kernel.attention(q, k, v, mask, rule=rule, device=device, interpret=interpret)
 
 
 def _fits(q: jax.Array, k: jax.Array, device_kind: str | None) -> bool:
     memory = FAST_MEMORY.get(device_kind or "", 64) * 2**20
-    needed = short.Plan.make(q.shape, k.shape).fast_memory(q.dtype.itemsize)
+    needed = short.Plan.make(q.shape, k.shape, device_kind or "tpu").fast_memory(q.dtype.itemsize)
     return k.shape[1] <= short.MOST_KEYS and needed <= memory

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from vlm_jax.kernels.attention.reference import Mask, Rule, visible
 from vlm_jax.kernels.placement import vary_like, zero_like
+from vlm_jax.kernels.tiles import tile_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +31,19 @@ class Blocks:
     keys: int
 
 
-def choose_blocks(q_shape: tuple[int, ...], kv_shape: tuple[int, ...], *, ordered: bool, platform: str) -> Blocks:
-    """Blocks for q [B, T, H, D] and k [B, S, K, D].
+def choose_blocks(q_shape: tuple[int, ...], kv_shape: tuple[int, ...], *, ordered: bool, device: str) -> Blocks:
+    """Blocks for q [B, T, H, D] and k [B, S, K, D], as large as `tiles.tile_size` lets them be on the device.
 
-    `ordered` (causal or windowed) asks for shorter blocks of a long sequence, of which more can be skipped. On a CPU a
-    block of scores is at most about 4 MB (many heads with few scores each go together up to 16 MB: there the loop is
-    what costs); elsewhere about 256 MB.
+    `ordered` (causal or windowed) asks for shorter blocks of a long sequence, of which more can be skipped. Heads with
+    few scores each have a bound of their own on how many go together: there the loop is what costs.
     """
     batch, queries, heads, features = q_shape
     keys, kv_heads = kv_shape[1:3]
     group = heads // kv_heads
     few = 1 < queries and queries * keys <= 2**14
-    budget = 2**26 if platform != "cpu" else 2**22 if few else 2**20
-    limit = 512 if ordered and keys > 1024 else 1024
-    block_keys = _even(keys, limit if queries > 1 else 8192)
+    budget = tile_size(f"attention.xla.{'few_scores' if few else 'scores'}", device)
+    limit = tile_size(f"attention.xla.{'ordered_block' if ordered and keys > 1024 else 'block'}", device)
+    block_keys = _even(keys, limit if queries > 1 else tile_size("attention.xla.decode_block", device))
     block_queries = _even(queries, max(64, min(limit, budget // (group * block_keys))))
     cost = group * block_queries * block_keys + 2 * keys * features
     fitting = max(1, budget // cost)
@@ -53,10 +53,10 @@ def choose_blocks(q_shape: tuple[int, ...], kv_shape: tuple[int, ...], *, ordere
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, bias: jax.Array | None, *, rule: Rule, platform: str
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, bias: jax.Array | None, *, rule: Rule, device: str
 ) -> jax.Array:
     """As `reference.attention`, in memory O(T * block) and with products in q's dtype accumulated in float32."""
-    blocks = choose_blocks(q.shape, k.shape, ordered=rule.ordered, platform=platform)
+    blocks = choose_blocks(q.shape, k.shape, ordered=rule.ordered, device=device)
     mask = mask.with_positions(rule, q.shape[1], k.shape[1])
     if k.shape[1] % blocks.keys and mask.q_segment_ids is None:  # the keys that fill the last block must not be seen
         mask = mask._replace(

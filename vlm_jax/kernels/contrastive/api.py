@@ -116,10 +116,9 @@ def _part(kind: str, mesh, image, text, scalars, axis_name, choice: str) -> jax.
         image, text = (jax.lax.all_gather(x, axis_name, tiled=True) for x in (image, text))
         return jax.lax.pmean(definition(image, text, *scalars), axis_name)
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-    platform = placement.platform_of(mesh)
     plan = Plan(
-        blocks="pallas_gpu" if choice == "pallas" and platform == "gpu" else choice,
-        platform=platform or jax.default_backend(),
+        blocks="pallas_gpu" if choice == "pallas" and placement.platform_of(mesh) == "gpu" else choice,
+        device=placement.device_of(mesh),
         axis_name=axis_name,
         ring=devices * text.size * text.dtype.itemsize > GATHER_BYTES,
     )

@@ -1,12 +1,12 @@
 """The pairs of a block of images and a block of texts on a Hopper GPU: the operations of `xla.py`, their logits in
 Pallas kernels for Mosaic GPU.
 
-The pairs are cut into panels of at most 4,096 x 8,192, and a panel into tiles of 128 x 256. A kernel multiplies the
-images and texts of a tile, and of the logits only this leaves the chip: per row and column of the tile a logsumexp or a
-sum, which XLA merges in a fixed order; for gradients also the slopes, in bfloat16, 67 MB at a time, which XLA's own
-products (cuBLAS) multiply with the texts and the images. So no logit is made twice in a pass, and no sum depends on
-which tile was first. A gradient summed on the chip would not fit there: 128 rows of 768 float32 numbers are 393 KB, an
-SM has 262 KB of registers.
+The pairs are cut into panels, of 4,096 x 8,192 unless `tiles.py` says otherwise, and a panel into tiles of 128 x 256.
+A kernel multiplies the images and texts of a tile, and of the logits only this leaves the chip: per row and column of
+the tile a logsumexp or a sum, which XLA merges in a fixed order; for gradients also the slopes, in bfloat16, 67 MB at a
+time, which XLA's own products (cuBLAS) multiply with the texts and the images. So no logit is made twice in a pass, and
+no sum depends on which tile was first. A gradient summed on the chip would not fit there: 128 rows of 768 float32
+numbers are 393 KB, an SM has 262 KB of registers.
 
 A block of threads stays on its SM and takes one tile after another. One of its three warpgroups loads parts of 64
 features into four slots of shared memory; the other two multiply (wgmma), 128 columns each, in 128 registers per
@@ -28,9 +28,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from vlm_jax.kernels import placement
 from vlm_jax.kernels.contrastive.xla import NOTHING, cut_into, loop
+from vlm_jax.kernels.tiles import tile_size
 
 ROWS, COLUMNS = 128, 256  # of a tile
-PANEL = 4096, 8192
 SMS = 132  # of an H100 or H200, where no mesh says it
 _DEPTH, _SLOTS = 64, 4  # of a part of the features; 48 KB each
 _CHUNK = 64  # columns whose logits a warpgroup treats at a time: 64 registers per thread
@@ -127,7 +127,10 @@ class _Call:
 
     def __init__(self, image, text, scale, bias, offset, interpret):
         self.counts, self.features = (image.shape[0], text.shape[0]), image.shape[1]
-        self.rows, self.columns = _even(self.counts[0], PANEL[0], ROWS), _even(self.counts[1], PANEL[1], COLUMNS)
+        mesh = placement.mesh_of(image)
+        device = placement.device_of(mesh)
+        self.rows = _even(self.counts[0], tile_size("contrastive.gpu.panel_rows", device), ROWS)
+        self.columns = _even(self.counts[1], tile_size("contrastive.gpu.panel_columns", device), COLUMNS)
         self.shape = math.ceil(self.counts[0] / self.rows), math.ceil(self.counts[1] / self.columns)
         wide = ((0, 0), (0, -self.features % _DEPTH))
         self.images = cut_into(jnp.pad(image, wide), self.shape[0], self.rows)
@@ -135,7 +138,7 @@ class _Call:
         self.turned = self.texts.mT  # [.., D, columns]
         self.numbers = jnp.stack([scale, jnp.zeros_like(scale) if bias is None else bias]).astype(jnp.float32)
         self.offset = jnp.asarray(offset, jnp.int32)
-        self.blocks = getattr(placement.mesh_of(image).abstract_device, "num_cores", None) or SMS
+        self.blocks = getattr(mesh.abstract_device, "num_cores", None) or SMS
         self.interpret = interpret
 
     def full(self, value: float, *shape: int) -> jax.Array:

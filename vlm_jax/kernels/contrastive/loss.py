@@ -26,11 +26,11 @@ class Plan:
     """What of a call is known before it is traced.
 
     `blocks` is "xla", "pallas" (the TPU's), "pallas_interpret", "pallas_gpu", or "auto": the TPU's where the program is
-    lowered for one. `platform` sizes the tiles of "xla". `ring`: the texts travel; else they are gathered.
+    lowered for one. `device` sizes the tiles of "xla". `ring`: the texts travel; else they are gathered.
     """
 
     blocks: str
-    platform: str
+    device: str
     axis_name: str | tuple[str, ...] | None
     ring: bool
 
@@ -40,7 +40,7 @@ class Plan:
 
     def call(self, name: str, image: jax.Array, text: jax.Array, *rest: jax.Array | int) -> Any:
         """The operation `name` of `xla.py`, `tpu.py` or `gpu.py` on a block of images and a block of texts."""
-        tiles = xla.choose_tiles(image.shape[0], text.shape[0], self.platform)
+        tiles = xla.choose_tiles(image.shape[0], text.shape[0], self.device)
         in_xla = functools.partial(getattr(xla, name), tiles=tiles)
         if self.blocks == "xla":
             return in_xla(image, text, *rest)

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from vlm_jax.kernels import placement
 from vlm_jax.kernels.contrastive.xla import NOTHING, softplus_and_sigmoid
+from vlm_jax.kernels.tiles import tile_size
 
 _LANES = 128
 _MEGABYTE = 2**20
@@ -105,8 +107,10 @@ class _Call:
         self.interpret = interpret
         self.counts = image.shape[0], text.shape[0]
         width = math.ceil(image.shape[1] / _LANES) * _LANES
-        self.rows, images = tile(image.shape[0], width)
-        self.columns, self.texts = tile(text.shape[0], width)
+        device = placement.device_of(placement.mesh_of(image))
+        most = tile_size(f"contrastive.tpu.{'tile' if width <= 1024 else 'wide_tile'}", device)
+        self.rows, images = tile(image.shape[0], most)
+        self.columns, self.texts = tile(text.shape[0], most)
         self.grid = images // self.rows, self.texts // self.columns
         self.image, self.text = (
             _pad(_pad(x, 1, _LANES), 0, size) for x, size in zip((image, text), (self.rows, self.columns), strict=True)
@@ -322,9 +326,9 @@ def _as_column(row):
     return jnp.broadcast_to(row, (_LANES, row.shape[1])).T[:, :1]
 
 
-def tile(length: int, width: int) -> tuple[int, int]:
-    """The tile and the padded length: the fewest equal tiles of at most 512 (256 for wide features), in whole lanes."""
-    tiles = math.ceil(length / (512 if width <= 1024 else 256))
+def tile(length: int, most: int) -> tuple[int, int]:
+    """The tile and the padded length: the fewest equal tiles of at most `most`, in whole lanes."""
+    tiles = math.ceil(length / most)
     size = math.ceil(length / tiles / _LANES) * _LANES
     return size, size * tiles
 

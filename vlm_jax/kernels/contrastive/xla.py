@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vlm_jax.kernels.tiles import tile_size
+
 # The logit of a pair that does not count: its exponential is 0 beside any real one, and no infinity becomes a NaN.
 NOTHING = -1e30
 
@@ -27,9 +29,9 @@ class Tiles:
     columns: int
 
 
-def choose_tiles(images: int, texts: int, platform: str) -> Tiles:
-    """About 2 MB of float32 logits on a CPU, 64 MB elsewhere."""
-    rows, columns = (512, 1024) if platform == "cpu" else (4096, 4096)
+def choose_tiles(images: int, texts: int, device: str) -> Tiles:
+    """Tiles for n images and m texts, as large as `tiles.tile_size` lets them be on the device."""
+    rows, columns = (tile_size(f"contrastive.xla.{name}", device) for name in ("rows", "columns"))
     return Tiles(_even(images, rows), _even(texts, columns))
 
 

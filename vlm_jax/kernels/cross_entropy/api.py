@@ -84,8 +84,8 @@ def _local(mesh, settings: Settings, implementation, hidden, kernel, bias, label
     """One device's part."""
     if implementation == "reference":
         return reference.linear_cross_entropy(hidden, kernel, bias, labels, weights, settings=settings)
-    platform = placement.platform_of(mesh) or jax.default_backend()
-    return xla.linear_cross_entropy(hidden, kernel, bias, labels, weights, settings=settings, platform=platform)
+    device = placement.device_of(mesh)
+    return xla.linear_cross_entropy(hidden, kernel, bias, labels, weights, settings=settings, device=device)
 
 
 def _wrapped(mesh, settings: Settings, implementation, hidden, kernel, bias, labels, weights):

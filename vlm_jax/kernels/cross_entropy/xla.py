@@ -16,15 +16,16 @@ import jax.numpy as jnp
 
 from vlm_jax.kernels.cross_entropy.reference import IGNORE, Settings, over_vocabulary, vocabulary
 from vlm_jax.kernels.placement import vary_like, zero_like
+from vlm_jax.kernels.tiles import tile_size
 
 
-def chunk_size(tokens: int, entries: int, platform: str) -> int:
-    """Tokens per chunk: a power of two from 128, so that float32 logits take about 32 MB on a CPU, 128 MB elsewhere.
+def chunk_size(tokens: int, entries: int, device: str) -> int:
+    """Tokens per chunk: a power of two from 128, up to what `tiles.tile_size` says of tokens and of their logits.
 
     At least eight chunks, if they are not shorter than 128: the more of them, the more can be left out.
     """
-    budget = 2**23 if platform == "cpu" else 2**25
-    chunk = 2 ** int(math.log2(max(128, min(4096, budget / entries, tokens / 8))))
+    longest, logits = (tile_size(f"cross_entropy.xla.{name}", device) for name in ("tokens", "logits"))
+    chunk = 2 ** int(math.log2(max(128, min(longest, logits / entries, tokens / 8))))
     return min(tokens, chunk)
 
 
@@ -36,10 +37,10 @@ def linear_cross_entropy(
     weights: jax.Array,
     *,
     settings: Settings,
-    platform: str,
+    device: str,
 ) -> tuple[jax.Array, jax.Array]:
     """As `reference.linear_cross_entropy`, in memory O(chunk * V); products in hidden's dtype, summed in float32."""
-    chunk = chunk_size(hidden.shape[0], kernel.shape[1], platform)
+    chunk = chunk_size(hidden.shape[0], kernel.shape[1], device)
     tokens = zero_like((hidden, labels, weights))
     hidden, weights = vary_like(hidden, tokens), vary_like(weights, tokens)
     every = zero_like((hidden, kernel, bias))
