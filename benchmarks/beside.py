@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax.kernels.tune import in_turns, seconds
 
-def seconds(call: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - began
-
-
-def in_turns(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side, round after round, each beginning with another side; a first round is not counted."""
-    took: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
-    for number in range(rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            one = seconds(sides[name])
-            if number:
-                took[name].append(one)
-    return took
+__all__ = ["bare_products", "in_turns", "ratio", "seconds"]
 
 
 def ratio(took: Mapping[str, list[float]], theirs: str, ours: str) -> float:
