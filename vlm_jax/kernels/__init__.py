@@ -1,7 +1,8 @@
 """Operations with a memory or speed problem of their own: each has a definition and faster implementations of it.
 
 Every operation is a folder: `api.py` (the public function), `reference.py` (plain jnp: the definition), `xla.py`
-(chunked, runs anywhere), kernels per platform, and `shapes.py` (argument shapes shared by tests and benchmarks).
+(chunked, runs anywhere), kernels per platform, and `shapes.py` (argument shapes shared by tests and benchmarks). Sizes
+of tiles that are free stand in `tiles.json`, by device; `tune.py` searches for them.
 """
 
 from vlm_jax.kernels.attention.api import attention

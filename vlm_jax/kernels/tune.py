@@ -284,7 +284,7 @@ class Bench:
             self._arrays[call.name] = self.place(call.arguments())
         with tiles.trying(sizes) as read:
             lowered = jax.jit(call.function).lower(*self._arrays[call.name])
-        self._reads[call.name] = read
+        self._reads.setdefault(call.name, set()).update(read)
         key = call.name, lowered.as_text()
         if key not in self._programs:
             self._programs[key] = lowered.compile()
