@@ -188,7 +188,7 @@ def test_a_search_takes_the_fastest_that_computes_the_same(search, capsys, monke
         "cpu": {"attention": {"xla.block": 16}, "contrastive": {"xla.rows": 256}},
     }
     printed = capsys.readouterr().out
-    assert "256: 1.25, and 1.25 when timed again" in printed and "128 is out, made: " in printed
+    assert "256 is 1.25 times as fast, twice, and taken" in printed and "128 is out: made: 2.4e-04 off" in printed
     assert "contrastive.xla.columns, the most texts of a tile in XLA\n  makes no difference" in printed
     monkeypatch.setenv(tiles.ENVIRONMENT, str(output))
     assert tile_size("contrastive.xla.rows", "cpu") == 256

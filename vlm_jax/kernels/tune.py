@@ -334,12 +334,11 @@ def search(operation: str, bench: Bench, sizes: dict[str, int], rounds: int, unt
         began, present = time.perf_counter(), sizes[name]
         share = (until - began) / (len(sizes) - number)
         seen = bench.compare(name, [present, *candidates(name, present)], sizes, rounds, began + share)
-        best, note = seen.best(), "stays"
+        best, note = seen.best(), f"{present:,} stays"
         if best is not None:
-            again = bench.compare(name, [present, best], sizes, rounds, only=list(seen.took))
-            note = f"{best:,}: {seen.average(best):.2f}, and {again.average(best):.2f} when timed again"
-            best = again.best()
-            note += "" if best is not None else f", so {present:,} stays"
+            won = f"{best:,} is {seen.average(best):.2f} times as fast"
+            best = bench.compare(name, [present, best], sizes, rounds, only=list(seen.took)).best()
+            note = f"{won}, twice, and taken" if best is not None else f"{won}, but not a second time: {note}"
         print("\n".join(table(name, seen, note)), flush=True)
         if seen.ratios:
             found[name] = sizes[name] = best or present
@@ -365,8 +364,9 @@ def table(name: str, seen: Comparison, note: str) -> list[str]:
         lines.append(f"  {note}")
     elif not seen.left_out:
         lines.append("  makes no difference to any of these shapes here")
-    lines += [f"  {value:,} is out, {why}" for value, why in seen.out.items()]
-    lines += [f"  without {call}, {why}" for call, why in seen.left_out.items()]
+    lines += [f"  {value:,} is out: {why}" for value, why in seen.out.items()]
+    for why in dict.fromkeys(seen.left_out.values()):
+        lines.append(f"  without {'; '.join(call for call, one in seen.left_out.items() if one == why)}: {why}")
     return lines
 
 
