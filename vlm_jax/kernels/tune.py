@@ -7,7 +7,7 @@ One size after another: a half, twice, a quarter and four times the present one,
 shapes.py whose program it changes. A candidate must compute what the present size does, value and all gradients; then
 all take turns. It replaces the present one if it is at least 3 % faster on (geometric) average and loses more than 5 %
 on no shape, and is so again when the two are timed a second time. Features are bfloat16; on a CPU they are float32, and
-shapes that would take more than about a second there are cut.
+larger shapes are cut.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from vlm_jax.kernels.contrastive.api import sigmoid_contrastive_loss, softmax_co
 from vlm_jax.kernels.contrastive.shapes import SHAPES as CONTRASTIVE
 from vlm_jax.kernels.cross_entropy.api import linear_cross_entropy
 from vlm_jax.kernels.cross_entropy.shapes import SHAPES as CROSS_ENTROPY
-from vlm_jax.kernels.placement import platform_named
+from vlm_jax.kernels.placement import compute_capability, platform_named
 
 FLAGS = {
     "only": (tiles.OPERATIONS, [], "an operation whose sizes are searched for; else all are"),
@@ -52,7 +52,7 @@ FLAGS = {
 FACTORS = (0.5, 2, 0.25, 4)  # of the present size; of two that make the same program the first is taken
 BETTER, WORST = 1.03, 0.95  # times as fast as at present: on average at least, on each shape at least
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of an output's largest entry
-LIGHT = 7e10  # arithmetic operations: half a second to a second on two cores
+LIGHT = 2e10  # arithmetic operations: a fifth of a second on two cores
 
 
 # -------------------------------------------------------------------------------------------------------- what is timed
@@ -133,7 +133,7 @@ def _work_of_cross_entropy(shape: Any) -> float:
 SUBJECTS = {
     "contrastive": Subject(CONTRASTIVE, _contrastive, lambda x: 8 * x.pairs**2 * x.width, [(("pairs",), 2048)]),
     "attention": Subject(ATTENTION, _attention, _work_of_attention, [(("batch",), 1), (("kv_heads", "heads"), 1)]),
-    "cross_entropy": Subject(CROSS_ENTROPY, _cross_entropy, _work_of_cross_entropy, [(("features",), 256)]),
+    "cross_entropy": Subject(CROSS_ENTROPY, _cross_entropy, _work_of_cross_entropy, [(("features",), 128)]),
 }
 
 
@@ -195,25 +195,42 @@ class Comparison:
         """Over the calls whose program the value changes."""
         return statistics.geometric_mean(self.ratios[value].values())
 
+    def running(self) -> list[int]:
+        """The candidates that are right, and have lost too much on no call."""
+        lost = {value for value, ratios in self.ratios.items() if min(ratios.values()) < WORST}
+        return [value for value in self.values[1:] if value not in self.out and value not in lost]
+
     def best(self) -> int | None:
         """The value to take instead of the present one."""
-        right = [value for value in self.ratios if value not in self.out and min(self.ratios[value].values()) >= WORST]
-        return max((value for value in right if self.average(value) >= BETTER), key=self.average, default=None)
+        better = [value for value in self.running() if value in self.ratios and self.average(value) >= BETTER]
+        return max(better, key=self.average, default=None)
 
 
 class Bench:
     """The calls of one operation on this device, compiled once per program.
 
-    place: arrays to the device. tolerance: of an output's largest entry. memory: bytes that a call may take.
+    sizes: the present ones. place: arrays to the device. tolerance: of an output's largest entry. memory: bytes that a
+    call may take. Of calls that are the same program, the first stays.
     """
 
-    def __init__(self, calls: Sequence[Call], place: Callable[[Any], Any], tolerance: float, memory: float):
-        self.calls, self.place, self.tolerance, self.memory = calls, place, tolerance, memory
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        sizes: Mapping[str, int],
+        place: Callable[[Any], Any],
+        tolerance: float,
+        memory: float,
+    ):
+        self.place, self.tolerance, self.memory = place, tolerance, memory
         self._arrays: dict[str, Any] = {}
         self._programs: dict[tuple[str, str], jax.stages.Compiled] = {}
         self._reads: dict[str, set[str]] = {}  # which sizes a call looks up
         self._once: dict[str, float] = {}  # seconds of a call
         self._pace = self._made_in = 0.0  # seconds per arithmetic operation, and to make a program
+        distinct: dict[str, Call] = {}
+        for call in calls:
+            distinct.setdefault(self._lower(call, sizes).as_text(), call)
+        self.calls = list(distinct.values())
 
     def compare(
         self,
@@ -226,14 +243,17 @@ class Bench:
     ) -> Comparison:
         """Times values of the size `name`, the first the present one, with the other sizes as in `sizes`.
 
-        until: when to be done, by `time.perf_counter`, about; what would take longer is left out. only: names of calls.
+        A value that lost too much on one call is not timed on the next. until: when to be done, by `time.perf_counter`,
+        about; what would take longer is left out. only: names of calls.
         """
         found = Comparison(list(values))
         for call in self.calls:
-            if (only is not None and call.name not in only) or name not in self._reads.get(call.name, {name}):
+            if (only is not None and call.name not in only) or name not in self._reads[call.name]:
                 continue
+            if not (running := found.running()):
+                break
             once = self._once.get(call.name, self._pace * call.work)
-            if time.perf_counter() + len(values) * (self._made_in + (rounds + 2) * once) > until:
+            if time.perf_counter() + (1 + len(running)) * (self._made_in + (rounds + 2) * once) > until:
                 found.left_out[call.name] = "for want of time"
                 continue
             self._compare(found, call, name, sizes, rounds)
@@ -242,10 +262,7 @@ class Bench:
     def _compare(self, found: Comparison, call: Call, name: str, sizes: Mapping[str, int], rounds: int) -> None:
         present, want = found.values[0], None
         same: dict[tuple[str, str], list[int]] = {}  # the values that make a program
-        began = time.perf_counter()
-        for value in found.values:
-            if value in found.out:
-                continue
+        for value in [present, *found.running()]:
             try:
                 program = self._program(call, {**sizes, name: value})
                 if program not in same:
@@ -262,7 +279,6 @@ class Bench:
                 found.out[value] = f"{call.name}: {why}"
             else:
                 same.setdefault(program, []).append(value)
-        self._made_in = (time.perf_counter() - began) / len(found.values)
         if len(same) == 1:
             return
         arrays = self._arrays[call.name]
@@ -278,16 +294,21 @@ class Bench:
                 if first != present:
                     found.ratios.setdefault(value, {})[call.name] = ratio
 
-    def _program(self, call: Call, sizes: Mapping[str, int]) -> tuple[str, str]:
-        """The key of the program that the call is under these sizes."""
+    def _lower(self, call: Call, sizes: Mapping[str, int]) -> jax.stages.Lowered:
         if call.name not in self._arrays:
             self._arrays[call.name] = self.place(call.arguments())
         with tiles.trying(sizes) as read:
             lowered = jax.jit(call.function).lower(*self._arrays[call.name])
         self._reads.setdefault(call.name, set()).update(read)
+        return lowered
+
+    def _program(self, call: Call, sizes: Mapping[str, int]) -> tuple[str, str]:
+        """The key of the program that the call is under these sizes."""
+        began, lowered = time.perf_counter(), self._lower(call, sizes)
         key = call.name, lowered.as_text()
         if key not in self._programs:
             self._programs[key] = lowered.compile()
+            self._made_in = time.perf_counter() - began
         return key
 
     def _run(self, call: Call, program: tuple[str, str]) -> Any:
@@ -358,7 +379,8 @@ def table(name: str, seen: Comparison, note: str) -> list[str]:
                 value: f" ({seen.ratios[value][call]:.2f})" for value in seen.ratios if call in seen.ratios[value]
             }
             rows.append((call, [f"{took[x]:,.1f}{ratios.get(x, '')}" if x in took else "" for x in columns]))
-        rows.append(("average", [f"{seen.average(x):.2f}" if x in seen.ratios else "" for x in columns]))
+        timed = [x for x in seen.running() if x in seen.ratios]
+        rows.append(("average", [f"{seen.average(x):.2f}" if x in timed else "" for x in columns]))
         width = max(len(row) for row, _ in rows)
         lines += [f"  {row:<{width}}" + "".join(f"{cell:>20}" for cell in cells) for row, cells in rows]
         lines.append(f"  {note}")
@@ -392,7 +414,8 @@ def main(argv: Sequence[str]) -> None:
     began = time.perf_counter()
     device = jax.local_devices()[0]
     kind, platform = device.device_kind, platform_named(device.device_kind)
-    dtype = "float32" if platform == "cpu" else "bfloat16"
+    halves = platform == "tpu" or (platform == "gpu" and (compute_capability(kind) or 8.0) >= 8.0)
+    dtype = "bfloat16" if halves else "float32"
     print(f"{kind}, jax {version('jax')}, {dtype}, {given.rounds} rounds, about {given.budget:g} s")
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,), devices=[device])
     place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
@@ -406,7 +429,7 @@ def main(argv: Sequence[str]) -> None:
             left = began + given.budget - now
             until = now + left * counts[operation] / sum(counts[name] for name in operations[number:])
             if calls:
-                bench = Bench(calls, place, TOLERANCE[dtype], memory_of(device))
+                bench = Bench(calls, sizes, place, TOLERANCE[dtype], memory_of(device))
                 found[operation] = search(operation, bench, sizes, given.rounds, until)
     if not any(found.values()):
         raise UsageError("no two sizes could be compared: give a longer --budget, or other --shapes")
