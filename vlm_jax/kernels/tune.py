@@ -226,7 +226,7 @@ class Bench:
         self._programs: dict[tuple[str, str], jax.stages.Compiled] = {}
         self._reads: dict[str, set[str]] = {}  # which sizes a call looks up
         self._once: dict[str, float] = {}  # seconds of a call
-        self._pace = self._made_in = 0.0  # seconds per arithmetic operation, and to make a program
+        self._made_in = 0.0  # seconds, to make a program
         distinct: dict[str, Call] = {}
         for call in calls:
             distinct.setdefault(self._lower(call, sizes).as_text(), call)
@@ -252,7 +252,7 @@ class Bench:
                 continue
             if not (running := found.running()):
                 break
-            once = self._once.get(call.name, self._pace * call.work)
+            once = self._once.get(call.name, self._pace() * call.work)
             if time.perf_counter() + (1 + len(running)) * (self._made_in + (rounds + 2) * once) > until:
                 found.left_out[call.name] = "for want of time"
                 continue
@@ -285,7 +285,6 @@ class Bench:
         sides = {values[0]: functools.partial(self._programs[program], *arrays) for program, values in same.items()}
         took = in_turns(sides, rounds)
         self._once[call.name] = statistics.median(took[present])
-        self._pace = self._once[call.name] / call.work
         found.took[call.name] = {}
         for first, *others in same.values():
             ratio = statistics.median(ours / theirs for ours, theirs in zip(took[present], took[first], strict=True))
@@ -320,8 +319,11 @@ class Bench:
         began = time.perf_counter()
         result = jax.block_until_ready(self._programs[program](*self._arrays[call.name]))
         self._once.setdefault(call.name, time.perf_counter() - began)
-        self._pace = self._once[call.name] / call.work
         return result
+
+    def _pace(self) -> float:
+        """Seconds per arithmetic operation, of the fastest call so far; 0 before the first."""
+        return min((self._once[call.name] / call.work for call in self.calls if call.name in self._once), default=0.0)
 
 
 def apart(got: Any, want: Any) -> float:
@@ -379,8 +381,8 @@ def table(name: str, seen: Comparison, note: str) -> list[str]:
                 value: f" ({seen.ratios[value][call]:.2f})" for value in seen.ratios if call in seen.ratios[value]
             }
             rows.append((call, [f"{took[x]:,.1f}{ratios.get(x, '')}" if x in took else "" for x in columns]))
-        timed = [x for x in seen.running() if x in seen.ratios]
-        rows.append(("average", [f"{seen.average(x):.2f}" if x in timed else "" for x in columns]))
+        if timed := [x for x in seen.running() if x in seen.ratios]:
+            rows.append(("average", [f"{seen.average(x):.2f}" if x in timed else "" for x in columns]))
         width = max(len(row) for row, _ in rows)
         lines += [f"  {row:<{width}}" + "".join(f"{cell:>20}" for cell in cells) for row, cells in rows]
         lines.append(f"  {note}")
