@@ -85,7 +85,7 @@ def visits(rule: Rule, q, k, mask: Mask, on_gpu: bool) -> jax.Array:
     if on_gpu:
         spans = packed_gpu._visits(rule, *packed_gpu._fill_mask(q, k, mask), packed_gpu.TILE, packed_gpu.TILE)
         return (spans[..., 3] - spans[..., 0]).sum()
-    blocks = xla.choose_blocks(q.shape, k.shape, ordered=True, platform="gpu")
+    blocks = xla.choose_blocks(q.shape, k.shape, ordered=True, device="gpu")
     first, last = xla._Cut(rule, blocks, q, k, mask, None).ranges
     return (last - first).sum()
 
