@@ -56,7 +56,7 @@ def test_the_packaged_sizes_of_a_cpu_and_of_others() -> None:
     few, many = ((64, 77, 12, 64),) * 2, ((1, 4096, 32, 128), (1, 4096, 8, 128))
     choose = attention.choose_blocks
     assert choose(*few, ordered=True, device="cpu") == attention.Blocks(16, 12, 77, 77)
-    assert choose(*many, ordered=True, device="cpu") == attention.Blocks(1, 1, 512, 512)
+    assert choose(*many, ordered=True, device="cpu") == attention.Blocks(1, 1, 256, 256)
     assert choose(*many, ordered=False, device="gpu") == attention.Blocks(1, 8, 1024, 1024)
 
 
