@@ -5,33 +5,22 @@ from __future__ import annotations
 import functools
 import logging
 import re
-import threading
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
-from jax._src.pallas.mosaic.interpret import thread_map
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.kernels.devices import A100, B200, H200, T4, absent_mesh
 from tests.kernels.test_attention import assert_close, definition, made, run
 from vlm_jax.errors import UsageError
 from vlm_jax.kernels import attention, placement
 from vlm_jax.kernels.attention import api, gpu, packed_gpu
 from vlm_jax.kernels.attention.reference import Mask, Rule, visible
 from vlm_jax.kernels.attention.shapes import SHAPES, AttentionShape
-
-T4, A100, H200, B200 = "Tesla T4", "NVIDIA A100-SXM4-40GB", "NVIDIA H200", "NVIDIA B200"
-
-
-def mesh_of(kind: str, axis_type: AxisType = AxisType.Auto) -> AbstractMesh:
-    device = AbstractDevice(kind, num_cores=132, platform="cuda")
-    return AbstractMesh((1,), ("data",), axis_types=(axis_type,), abstract_device=device)
 
 
 @pytest.fixture
@@ -44,29 +33,15 @@ def with_cudnn(monkeypatch) -> None:
 
 
 @pytest.fixture
-def interpreter(monkeypatch) -> Iterator[None]:
-    """jax 0.10 compiles every thread of every program anew, a second each time; here each kernel once. Between the
-    threads there must be no race: jax 0.12 also minds the order of the TMA's writes and of what is read before them."""
-    compiled, lock = {}, threading.Lock()
+def interpreted(gpu_interpreter):
+    """The kernel, called as `attention` is."""
 
-    def run_jaxpr(jaxpr, consts, *args):
-        with lock:
-            if jaxpr not in compiled:
-                call = jax.jit(lambda consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args) and None)
-                compiled[jaxpr] = call.lower(consts, *args).compile()
-        compiled[jaxpr](consts, *args)
+    def call(q, k, v, *, causal=False, sliding_window=None, softcap=None, **mask):
+        mask = Mask(*(mask.get(name) for name in Mask._fields))
+        rule = Rule(causal, sliding_window, softcap, q.shape[-1] ** -0.5)
+        return packed_gpu.attention(q, k, v, mask, rule=rule, interpret=gpu_interpreter)
 
-    monkeypatch.setattr(thread_map, "_run_jaxpr", run_jaxpr)
-    yield
-    races = gpu_callbacks.get_races().races_found
-    gpu_callbacks.reset_gpu_interpret_mode_state()
-    assert not races
-
-
-def interpreted(q, k, v, *, causal=False, sliding_window=None, softcap=None, **mask):
-    mask = Mask(*(mask.get(name) for name in Mask._fields))
-    rule = Rule(causal, sliding_window, softcap, q.shape[-1] ** -0.5)
-    return packed_gpu.attention(q, k, v, mask, rule=rule, interpret=InterpretGPUParams(detect_races=True))
+    return call
 
 
 def packed_cross() -> tuple[dict, dict, np.ndarray]:
@@ -76,7 +51,7 @@ def packed_cross() -> tuple[dict, dict, np.ndarray]:
     return arrays, options, d_out
 
 
-def test_the_kernel_equals_the_definition(interpreter) -> None:
+def test_the_kernel_equals_the_definition(interpreted) -> None:
     arrays, options, d_out = packed_cross()
     want = definition(arrays, options, d_out)
     got = run(arrays, options, d_out, interpreted)
@@ -98,14 +73,14 @@ def test_the_kernel_equals_the_definition(interpreter) -> None:
         AttentionShape(1, 130, 577, 1, 1, 64, segments=4),
     ],
 )
-def test_more_shapes_equal_the_definition(shape, interpreter) -> None:
+def test_more_shapes_equal_the_definition(shape, interpreted) -> None:
     arrays, options, d_out = made(shape)
     assert_close(run(arrays, options, d_out, interpreted), definition(arrays, options, d_out), 5e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_stays_within_its_rounding(dtype, interpreter) -> None:
+def test_half_precision_stays_within_its_rounding(dtype, interpreted) -> None:
     arrays, options, d_out = packed_cross()
     arrays = {name: np.asarray(x, dtype) for name, x in arrays.items()}
     want = definition(arrays, options, d_out)
@@ -171,7 +146,7 @@ def signature(name: str, dtype: str, **options) -> tuple[dict, dict, dict]:
 
 def calls(name: str, implementation: str | None, axis_type: AxisType = AxisType.Explicit) -> list[str]:
     """The custom calls in forward and backward of a row of `shapes.py`, lowered for an H200."""
-    mesh = mesh_of(H200, axis_type)
+    mesh = absent_mesh(H200, axis_type=axis_type)
     with jax.sharding.use_abstract_mesh(mesh):
         whole = {"sharding": NamedSharding(mesh, P())} if axis_type == AxisType.Explicit else {}
         arrays, masks, known = signature(name, "bfloat16", **whole)
@@ -261,6 +236,26 @@ def test_what_cudnn_is_asked_is_the_definition(shape, monkeypatch) -> None:
 
 # ----------------------------------------------------------------------------------------------- what serves what where
 
+
+@pytest.mark.parametrize(
+    ("kind", "capability"),
+    [
+        ("Tesla V100-SXM2-16GB", 7.0),
+        (T4, 7.5),
+        (A100, 8.0),
+        ("NVIDIA A10G", 8.6),
+        ("NVIDIA GeForce RTX 4090", 8.9),
+        ("NVIDIA GH200 480GB", 9.0),
+        (B200, 10.0),
+        ("NVIDIA of the future", None),
+        ("TPU v4", None),
+        (None, None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(kind, capability) -> None:
+    assert placement.compute_capability(kind) == capability
+
+
 UNPACKED = ("clip_l14_336", "siglip_so400m_384", "siglip_b16_224", "clip_text", "blip2_qformer")
 PACKED = ("mistral_7b", "vicuna_7b", "mistral_7b_long", "flamingo_cross")
 OTHERS = ("t5_xl_encoder", "mistral_7b_decode", "paligemma_prefix")  # a bias, one query, heads of 256
@@ -276,7 +271,7 @@ def choice(monkeypatch, kind: str, name: str, dtype: str, **changes) -> str:
         return q
 
     monkeypatch.setattr(api, "_local", local)
-    with jax.sharding.use_abstract_mesh(mesh_of(kind)):
+    with jax.sharding.use_abstract_mesh(absent_mesh(kind, axis_type=AxisType.Auto)):
         jax.eval_shape(lambda arrays, masks: attention(**arrays, **masks, **{**known, **changes}), arrays, masks)
     return chosen[0]
 

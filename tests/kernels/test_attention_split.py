@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.kernels.devices import H200, absent_mesh
 from tests.kernels.test_attention import assert_close, definition, made, placed, run
 from vlm_jax.errors import UsageError
 from vlm_jax.kernels import attention
@@ -118,12 +119,11 @@ def test_every_device_has_the_same_work(devices, length, on_gpu, explicit_mesh, 
 # ---------------------------------------------------------------------------------------------------- what serves what
 
 
-def abstract(kind: str, platform: str, devices: int, length: int, features: int = 128):
+def abstract(kind: str, devices: int, length: int):
     """A mesh of `devices` that are not there, and queries, keys and ids over it, split along T."""
-    device = AbstractDevice(kind, num_cores=1, platform=platform)
-    mesh = AbstractMesh((devices,), ("fsdp",), axis_types=(AxisType.Explicit,), abstract_device=device)
+    mesh = absent_mesh(kind, devices, axis="fsdp")
     split_up = {"sharding": NamedSharding(mesh, P(None, "fsdp"))}
-    q, k = (jax.ShapeDtypeStruct((1, length, heads, features), jnp.bfloat16, **split_up) for heads in (8, 2))
+    q, k = (jax.ShapeDtypeStruct((1, length, heads, 128), jnp.bfloat16, **split_up) for heads in (8, 2))
     return mesh, q, k, jax.ShapeDtypeStruct((1, length), jnp.int32, **split_up)
 
 
@@ -133,7 +133,7 @@ def loss(q, k, ids, **options):
 
 
 def test_the_hopper_kernel_serves_halves() -> None:
-    mesh, *arrays = abstract("NVIDIA H200", "cuda", 4, 4096)
+    mesh, *arrays = abstract(H200, 4, 4096)
     with jax.sharding.use_abstract_mesh(mesh):
         step = jax.jit(jax.value_and_grad(functools.partial(loss, causal=True), (0, 1)))
         text = step.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
@@ -146,7 +146,7 @@ def test_the_hopper_kernel_serves_halves() -> None:
     [(2048, CAUSAL, "attention_short"), (4096, CAUSAL, None), (4096, {}, "splash_mha")],
 )
 def test_what_serves_a_split_sequence_on_a_tpu(length, options, kernel) -> None:
-    mesh, *arrays = abstract("TPU v5 lite", "tpu", 4, length)
+    mesh, *arrays = abstract("TPU v5 lite", 4, length)
     with jax.sharding.use_abstract_mesh(mesh):
         text = str(jax.make_jaxpr(functools.partial(loss, **options))(*arrays))
     assert kernel is None or kernel in text
@@ -155,7 +155,7 @@ def test_what_serves_a_split_sequence_on_a_tpu(length, options, kernel) -> None:
 
 
 def test_a_kernel_is_refused_where_the_compiler_checks_what_varies() -> None:
-    mesh, *arrays = abstract("NVIDIA H200", "cuda", 4, 4096)
+    mesh, *arrays = abstract(H200, 4, 4096)
     call = functools.partial(loss, causal=True, axis_name="fsdp", implementation="pallas")
 
     def outer(*arrays, check_vma):

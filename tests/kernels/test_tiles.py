@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from tests.kernels.devices import absent_mesh
 from vlm_jax.errors import UsageError
 from vlm_jax.kernels import softmax_contrastive_loss, tiles, tune
 from vlm_jax.kernels.attention import xla as attention
@@ -130,9 +130,7 @@ def test_a_kernel_has_the_tiles_of_the_device_that_it_is_compiled_for(of_user) -
     of_user({"TPU v5 lite": {"contrastive": {"tpu.tile": 128}}})
 
     def grids(kind):
-        device = AbstractDevice(kind, num_cores=1, platform="tpu")
-        mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Explicit,), abstract_device=device)
-        with jax.sharding.use_abstract_mesh(mesh):
+        with jax.sharding.use_abstract_mesh(absent_mesh(kind)):
             features = jax.ShapeDtypeStruct((1030, 24), jnp.bfloat16)
             text = str(jax.make_jaxpr(value_and_gradients)(features, features))
         return [text.count(f"grid=({n}, {n})") for n in (3, 9)]

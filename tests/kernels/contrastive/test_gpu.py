@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import jax
@@ -18,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.kernels.contrastive.test_contrastive import KINDS, LOSSES, TOLERANCE, definition, made
+from tests.kernels.devices import A100, B200, H200, absent_mesh
 from vlm_jax.errors import UsageError
 from vlm_jax.kernels import custom_calls, tiles
 from vlm_jax.kernels.contrastive import api, gpu, loss, xla
@@ -34,19 +33,13 @@ ROUNDED = 2**-7
 
 
 @pytest.fixture
-def interpreted(monkeypatch, capfd) -> Iterator[SimpleNamespace]:
-    """The four operations on the interpreter, with small tiles, on one block (each would be compiled anew)."""
-    try:
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-    except ImportError:
-        InterpretGPUParams = plgpu.InterpretParams
+def interpreted(monkeypatch, gpu_interpreter) -> SimpleNamespace:
+    """The four operations on the interpreter, with small tiles, on one block."""
     for name, value in (("SMS", 1), ("ROWS", 64), ("COLUMNS", 128)):
         monkeypatch.setattr(gpu, name, value)
-    given = InterpretGPUParams(detect_races=True)
-    found = SimpleNamespace(**{name: functools.partial(getattr(gpu, name), interpret=given) for name in NAMES})
-    monkeypatch.setattr(loss, "gpu", found)
-    yield found
-    assert "RACE" not in capfd.readouterr().out
+    operations = {name: functools.partial(getattr(gpu, name), interpret=gpu_interpreter) for name in NAMES}
+    monkeypatch.setattr(loss, "gpu", found := SimpleNamespace(**operations))
+    return found
 
 
 def value_and_gradients(kind, arrays):
@@ -124,11 +117,6 @@ def test_log1p_is_exact_where_the_sigmoids_are_small() -> None:
 # ------------------------------------------------------------------------------------------------- an abstract GPU
 
 
-def gpus(kind: str = "NVIDIA H200", count: int = 1) -> AbstractMesh:
-    device = AbstractDevice(kind, num_cores=132, platform="cuda")
-    return AbstractMesh((count,), ("data",), axis_types=(AxisType.Explicit,), abstract_device=device)
-
-
 def arguments(kind, shape: ContrastiveShape, mesh, dtype=jnp.bfloat16):
     features = jax.ShapeDtypeStruct((shape.pairs, shape.width), dtype, sharding=NamedSharding(mesh, P("data", None)))
     number = jax.ShapeDtypeStruct((), jnp.float32)
@@ -148,7 +136,7 @@ def gradient(kind):
     ],
 )
 def test_exports_for_an_h200_without_an_array_of_all_pairs(kind, shape) -> None:
-    with jax.sharding.use_abstract_mesh(mesh := gpus()):
+    with jax.sharding.use_abstract_mesh(mesh := absent_mesh(H200)):
         allowed = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
         exported = export.export(gradient(kind), platforms=["cuda"], disabled_checks=allowed)
         program = exported(*arguments(kind, shape, mesh)).mlir_module()
@@ -162,7 +150,7 @@ def test_exports_for_an_h200_without_an_array_of_all_pairs(kind, shape) -> None:
 @KINDS
 def test_lowers_for_four_h200(kind, ring, monkeypatch) -> None:
     monkeypatch.setattr(api, "GATHER_BYTES", 0 if ring else 2**28)
-    with jax.sharding.use_abstract_mesh(mesh := gpus(count=4)):
+    with jax.sharding.use_abstract_mesh(mesh := absent_mesh(H200, 4)):
         lowered = gradient(kind).trace(*arguments(kind, SHAPES["clip_l14"], mesh)).lower(lowering_platforms=("cuda",))
     found = custom_calls(lowered)
     names = {"softmax": ("softmax_sums", "softmax_slopes"), "sigmoid": ("sigmoid_slopes",)}[kind]
@@ -173,16 +161,16 @@ def test_lowers_for_four_h200(kind, ring, monkeypatch) -> None:
 def test_a_kernel_is_taken_on_a_hopper_gpu_alone(kind) -> None:
     def taken(name, dtype, implementation=None):
         call = functools.partial(LOSSES[kind], implementation=implementation)
-        with jax.sharding.use_abstract_mesh(mesh := gpus(name)):
+        with jax.sharding.use_abstract_mesh(mesh := absent_mesh(name)):
             return "contrastive_" in str(jax.make_jaxpr(call)(*arguments(kind, SHAPES["clip_b32"], mesh, dtype)))
 
-    assert taken("NVIDIA H200", jnp.bfloat16) and taken("NVIDIA H100 80GB HBM3", jnp.bfloat16, "pallas")
-    assert not taken("NVIDIA H200", jnp.bfloat16, "xla")
+    assert taken(H200, jnp.bfloat16) and taken("NVIDIA H100 80GB HBM3", jnp.bfloat16, "pallas")
+    assert not taken(H200, jnp.bfloat16, "xla")
     for name, dtype, reason in (
-        ("NVIDIA A100-SXM4-80GB", jnp.bfloat16, "Hopper GPUs .* not NVIDIA A100"),
-        ("NVIDIA B200", jnp.bfloat16, "Hopper GPUs"),
-        ("NVIDIA H200", jnp.float16, "bfloat16 features, not float16"),
-        ("NVIDIA H200", jnp.float32, "bfloat16 features, not float32"),
+        (A100, jnp.bfloat16, "Hopper GPUs .* not NVIDIA A100"),
+        (B200, jnp.bfloat16, "Hopper GPUs"),
+        (H200, jnp.float16, "bfloat16 features, not float16"),
+        (H200, jnp.float32, "bfloat16 features, not float32"),
     ):
         assert not taken(name, dtype)
         with pytest.raises(UsageError, match=reason):
