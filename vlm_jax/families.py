@@ -71,11 +71,18 @@ class LlavaFamily:
         return self.config.decoder.vocab_size
 
     def loss(
-        self, params: Params, mutable: dict[str, jax.Array], batch: Batch, weights: jax.Array, key: jax.Array | None
+        self,
+        params: Params,
+        mutable: dict[str, jax.Array],
+        batch: Batch,
+        weights: jax.Array,
+        key: jax.Array | None,
+        *,
+        packed: bool = True,
     ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
-        """`training.state.Loss`: the weighted sum of the cross-entropy of one micro-batch."""
+        """`training.state.Loss`: the weighted sum of the cross-entropy of one micro-batch; `packed` as in `Llava`."""
         model = self.bound.bind(params)
-        hidden, _ = model(batch, dtype=self.dtype, remat=self.remat, key=key)
+        hidden, _ = model(batch, dtype=self.dtype, remat=self.remat, key=key, packed=packed)
         total = next_token_loss(hidden, model.decoder.head(self.dtype), batch["labels"], weights)
         return total, {}, mutable
 

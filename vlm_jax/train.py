@@ -253,7 +253,7 @@ class Run:
         rates, schedule, optimizer = self._optimizer(number)
         traces: list[float] = []
         step = make_train_step(
-            family.loss,
+            functools.partial(family.loss, packed=stage.packing.fit is not None),
             self._weigh,
             optimizer,
             seed=config.seed + number,
@@ -321,7 +321,8 @@ class Run:
         """Whatever the loss of training is: held-out loss is the mean over the trained tokens."""
         from vlm_jax.training.state import make_eval_step
 
-        return make_eval_step(self.family.loss, functools.partial(self.family.weigh, norm="global_tokens", ranks=1))
+        loss = functools.partial(self.family.loss, packed=False)
+        return make_eval_step(loss, functools.partial(self.family.weigh, norm="global_tokens", ranks=1))
 
     @staticmethod
     def _place(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,8 +29,8 @@ def explicit_mesh() -> Callable[..., Mesh]:
 
 @pytest.fixture
 def gpu_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """What `interpret=` of a kernel for Mosaic GPU takes. There must be no race between its threads; jax 0.12 also minds
-    the order of the TMA's writes and of what is read before them.
+    """What `interpret=` of a kernel for Mosaic GPU takes. There must be no race between its threads; jax 0.12 minds the
+    order of the TMA's writes, too, and of what is read before them.
 
     jax has no other door to these: how a thread is run (0.10 compiles every thread of every program anew, a second each
     time; here each kernel once), and the races that were found.

@@ -46,6 +46,9 @@ def definition(arrays, options, d_out):
     if "q_segment_ids" in options:
         q_ids = options["q_segment_ids"][:, None, :, None]
         seen &= (q_ids == options["kv_segment_ids"][:, None, None, :]) & (q_ids != 0)
+    if "lengths" in options:
+        real = np.arange(queries) < options["lengths"][:, None]
+        seen &= real[:, None, :, None] & real[:, None, None, :]
 
     weights = np.where(seen, np.exp(raw - raw.max()), 0)
     weights = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
@@ -192,6 +195,7 @@ ROWS = ("data", "fsdp")
     ("sizes", "heads", "kv_heads", "implementation"),
     [
         ((2, 2, 2), 4, 2, None),
+        ((2, 2, 2), 4, 2, "xla"),  # by lengths
         ((2, 2, 2), 4, 2, "reference"),
         ((2, 2, 2), 4, 2, "pallas_interpret"),
         ((2, 1, 4), 8, 2, None),  # two devices share a key head
@@ -200,7 +204,8 @@ ROWS = ("data", "fsdp")
     ],
 )
 def test_eight_devices_equal_one(sizes, heads, kv_heads, implementation, small_blocks, explicit_mesh) -> None:
-    arrays, options, d_out = made(AttentionShape(4, 40, 40, heads, kv_heads, 8, causal=True, segments=2))
+    rows: dict = {"padded": True} if implementation == "xla" else {"segments": 2}
+    arrays, options, d_out = made(AttentionShape(4, 40, 40, heads, kv_heads, 8, causal=True, **rows))
     want = definition(arrays, options, d_out)
     mesh = explicit_mesh(*sizes)
     spec = P(ROWS, None, "tensor", None)
@@ -298,6 +303,8 @@ def test_custom_calls_are_counted_by_name() -> None:
         ({"implementation": "palas"}, UsageError, "did you mean 'pallas'"),
         ({"implementation": "pallas_interpret", "bias": np.zeros((1, 1, 1, 8))}, UsageError, "take no bias"),
         ({"q_segment_ids": np.ones((2, 8), int)}, ValueError, "together"),
+        ({"q_segment_ids": np.ones((2, 8), int), "lengths": [8, 8]}, ValueError, "give one or the other"),
+        ({"lengths": [8]}, ValueError, r"lengths of shape \(2,\), found \(1,\)"),
         ({"q_positions": np.ones((1, 8), int)}, ValueError, "expected q_positions"),
         ({"causal": True, "k": np.ones((2, 9, 2, 4)), "v": np.ones((2, 9, 2, 4))}, ValueError, "give q_positions"),
         ({"k": np.ones((2, 8, 3, 4)), "v": np.ones((2, 8, 3, 4))}, ValueError, "3 key heads do not divide 2"),

@@ -133,9 +133,10 @@ def signature(name: str, dtype: str, **options) -> tuple[dict, dict, dict]:
     arrays = {key: (shape.batch, *lengths, shape.features) for key, lengths in rows.items()}
     if shape.bias is not None:
         arrays["bias"] = shape.bias
-    masks = ("q_segment_ids", "kv_segment_ids") if shape.segments else ()
+    masks = ("q_segment_ids", "kv_segment_ids") if shape.segments else ("lengths",) if shape.padded else ()
     masks += {None: (), "prefix": ("q_positions", "kv_positions"), "last": ("q_positions",)}[shape.positions]
-    lengths = {key: (shape.batch, shape.queries if key.startswith("q") else shape.keys) for key in masks}
+    sizes = {"q": (shape.batch, shape.queries), "k": (shape.batch, shape.keys), "l": (shape.batch,)}
+    lengths = {key: sizes[key[0]] for key in masks}
     known = {"causal": shape.causal, "sliding_window": shape.sliding_window, "softcap": shape.softcap}
     return (
         {key: jax.ShapeDtypeStruct(size, dtype, **options) for key, size in arrays.items()},
@@ -202,15 +203,17 @@ def test_sharded_heads_in_a_scan_with_checkpoint_are_lowered() -> None:
         ("siglip_b16_224", "NO_MASK"),
         ("clip_text", "PADDING_CAUSAL"),
         ("blip2_qformer", "PADDING"),
+        ("vicuna_7b", "PADDING_CAUSAL"),
     ],
 )
 def test_cudnn_is_called_forward_and_backward(name, mask, with_cudnn) -> None:
     """Without a mesh: jax lowers what it partitions by itself only for devices that are there."""
-    arrays, _, known = signature(name, "bfloat16")
-    rule = Rule(**known, scale=0.125)
+    arrays, masks, known = signature(name, "bfloat16")
+    rule = Rule(**known, scale=0.125, padded=bool(masks))
 
     def step(q, k, v, d_out):
-        out, pull = jax.vjp(lambda *arrays: gpu.cudnn(*arrays, rule=rule), q, k, v)
+        ids = jnp.ones(q.shape[:2], jnp.int32) if masks else None
+        out, pull = jax.vjp(lambda *arrays: gpu.cudnn(*arrays, Mask(ids, ids, None, None), rule=rule), q, k, v)
         return out, pull(d_out)
 
     text = jax.jit(step).trace(*arrays.values(), arrays["q"]).lower(lowering_platforms=("cuda",)).as_text()
@@ -220,7 +223,12 @@ def test_cudnn_is_called_forward_and_backward(name, mask, with_cudnn) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [AttentionShape(2, 33, 33, 4, 2, 8, causal=True, sliding_window=5), AttentionShape(1, 7, 20, 2, 2, 8)],
+    [
+        AttentionShape(2, 33, 33, 4, 2, 8, causal=True, sliding_window=5),
+        AttentionShape(1, 7, 20, 2, 2, 8),
+        AttentionShape(3, 43, 43, 4, 2, 8, causal=True, padded=True),
+        AttentionShape(3, 20, 20, 2, 2, 8, padded=True),
+    ],
 )
 def test_what_cudnn_is_asked_is_the_definition(shape, monkeypatch) -> None:
     """By jax's own reading of the arguments, in its plain implementation."""
@@ -228,8 +236,10 @@ def test_what_cudnn_is_asked_is_the_definition(shape, monkeypatch) -> None:
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, **y: plain(*x, **{**y, "implementation": "xla"}))
     arrays, options, d_out = made(shape)
 
-    def call(q, k, v, causal, sliding_window, softcap):
-        return gpu.cudnn(q, k, v, rule=Rule(causal, sliding_window, softcap, 8**-0.5))
+    def call(q, k, v, causal, sliding_window, softcap, lengths=None):
+        ids = None if lengths is None else (jnp.arange(q.shape[1]) < lengths[:, None]).astype(jnp.int32)
+        rule = Rule(causal, sliding_window, softcap, 8**-0.5, padded=lengths is not None)
+        return gpu.cudnn(q, k, v, Mask(ids, ids, None, None), rule=rule)
 
     assert_close(run(arrays, options, d_out, call), definition(arrays, options, d_out))
 
@@ -256,8 +266,8 @@ def test_a_gpu_is_known_by_its_name(kind, capability) -> None:
     assert placement.compute_capability(kind) == capability
 
 
-UNPACKED = ("clip_l14_336", "siglip_so400m_384", "siglip_b16_224", "clip_text", "blip2_qformer")
-PACKED = ("mistral_7b", "vicuna_7b", "mistral_7b_long", "flamingo_cross")
+UNPACKED = ("clip_l14_336", "siglip_so400m_384", "siglip_b16_224", "clip_text", "blip2_qformer", "vicuna_7b")
+PACKED = ("mistral_7b", "mistral_7b_long", "flamingo_cross")
 OTHERS = ("t5_xl_encoder", "mistral_7b_decode", "paligemma_prefix")  # a bias, one query, heads of 256
 
 
@@ -337,4 +347,4 @@ def test_plain_xla_on_a_gpu_is_logged_once_with_its_reasons(monkeypatch, caplog,
         for _ in range(2):
             assert choice(monkeypatch, A100, "mistral_7b", "bfloat16") == "xla"
     (record,) = caplog.records
-    assert "cuDNN knows no segment ids; the kernel needs compute capability 9.0" in record.getMessage()
+    assert "cuDNN knows no segment ids, only lengths; the kernel needs compute capability 9.0" in record.getMessage()

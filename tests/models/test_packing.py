@@ -68,14 +68,14 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_padded_ones(
     assert not (packed["visual_index"] == NEWLINE).any()
     assert packed["segment_ids"].max(-1).tolist() == [[2, 3, 1]]
 
-    def loss(params: Any, arrays: Any) -> Any:
+    def loss(params: Any, arrays: Any, packed: bool) -> Any:
         weights, total = family.weigh(arrays, norm=norm, ranks=3)
         one = {name: array[0] for name, array in arrays.items()}
-        return family.loss(params, {}, one, weights[0], None)[0] / total
+        return family.loss(params, {}, one, weights[0], None, packed=packed)[0] / total
 
-    step, results = jax.jit(jax.value_and_grad(loss)), []
+    step, results = jax.jit(jax.value_and_grad(loss), static_argnums=2), []
     for arrays in (padded, packed):
-        value, grads = step(params, arrays)
+        value, grads = step(params, arrays, arrays is packed)
         results.append((float(value), tiny.on_host(grads)))
     (value, grads), (packed_value, packed_grads) = results
     assert packed_value == pytest.approx(value, rel=1e-5) and value > 0.1

@@ -20,10 +20,14 @@ from vlm_jax.sharding import RULES, reshape, spec_of
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """Who sees whom: segment ids and positions [B, T] of the queries (and of the keys, where they differ)."""
+    """Who sees whom: segment ids and positions [B, T] of the queries (and of the keys, where they differ).
+
+    `lengths` [B] takes the place of the segment ids where a row is one sample and its padding.
+    """
 
     segment_ids: jax.Array | None = None
     positions: jax.Array | None = None
+    lengths: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -95,6 +99,7 @@ class SelfAttention(nnx.Module):
             causal=self.causal,
             q_segment_ids=mask.segment_ids,
             kv_segment_ids=mask.segment_ids,
+            lengths=mask.lengths,
             sliding_window=self.sliding_window,
         )
         return self._project_out(out, key), (k, v)

@@ -74,7 +74,7 @@ def make_prefill(
     ) -> tuple[DecodeState, jax.Array]:
         on_trace()
         model = bound.bind(params)
-        hidden, cache = model(batch, dtype=dtype, keep_kv=True)
+        hidden, cache = model(batch, dtype=dtype, keep_kv=True, packed=False)
         assert cache is not None
         lengths = jnp.sum(batch["segment_ids"] != 0, axis=-1, dtype=jnp.int32)
         last = jax.vmap(lambda row, i: row.at[i].get(mode="clip"))(hidden, jnp.maximum(lengths - 1, 0))

@@ -83,12 +83,16 @@ class Llava(nnx.Module):
         remat: str = "none",
         key: jax.Array | None = None,
         keep_kv: bool = False,
+        packed: bool = True,
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states [B, T, D] of a batch of prefix fusion (docs/design.md), and with `keep_kv` their cache.
 
-        `key` turns dropout on.
+        `key` turns dropout on. `packed`: rows may hold several samples, or begin with padding; False promises one
+        sample from the first position on, which more attention kernels serve.
         """
-        mask = Mask(segment_ids=batch["segment_ids"], positions=batch["positions"])
+        ids = batch["segment_ids"]
+        seen = {"segment_ids": ids} if packed else {"lengths": jnp.sum(ids != 0, axis=-1, dtype=jnp.int32)}
+        mask = Mask(**seen, positions=batch["positions"])
         x = self.embed(batch, dtype=dtype, remat=remat, key=key)
         return self.decoder(x, mask, key=child_key(key, "decoder"), remat=remat, keep_kv=keep_kv)
 

@@ -22,6 +22,7 @@ def attention(
     causal: bool = False,
     q_segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
+    lengths: jax.Array | None = None,
     q_positions: jax.Array | None = None,
     kv_positions: jax.Array | None = None,
     sliding_window: int | None = None,
@@ -48,6 +49,8 @@ def attention(
         causal: by `q_positions` and `kv_positions`.
         q_segment_ids: int32 [B, T]; 0 sees nothing (padding, or text before any image). Given together or not at all.
         kv_segment_ids: int32 [B, S].
+        lengths: int32 [B], instead of segment ids where T = S: a row's first so many positions are one segment, the
+            rest is padding. Every implementation serves it; cuDNN, which knows no segment ids, knows lengths.
         q_positions: int32 [B, T], the order for `causal` and `sliding_window` (unused without them; RoPE has its own).
             Default: the index. Prefix-LM gives the whole prefix 0. Needed where T != S.
         kv_positions: int32 [B, S]. Default: the index.
@@ -71,6 +74,10 @@ def attention(
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     bias = None if bias is None else jnp.asarray(bias)
+    if lengths is not None:
+        if q_segment_ids is not None or kv_segment_ids is not None or q.shape[1] != k.shape[1]:
+            raise ValueError("attention: lengths take the place of segment ids, where T = S; give one or the other")
+        q_segment_ids = kv_segment_ids = _segment_of(jnp.asarray(lengths, jnp.int32), q)
     mask = Mask(
         *(
             None if x is None else jnp.asarray(x, jnp.int32)
@@ -85,6 +92,7 @@ def attention(
         sliding_window=None if sliding_window is None else int(sliding_window),
         softcap=None if softcap is None else float(softcap),
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        padded=lengths is not None,
     )
     mesh = placement.mesh_of(q, k, v)
     gpu.check_dtype(q.dtype, placement.device_kind(mesh))
@@ -135,7 +143,7 @@ def _serve(rule: Rule, implementation: str, q, k, v, mask: Mask, bias) -> jax.Ar
     if implementation == "xla":
         return xla.attention(q, k, v, mask, bias, rule=rule, device=device)
     if implementation == "cudnn":
-        return gpu.cudnn(q, k, v, rule=rule)
+        return gpu.cudnn(q, k, v, mask, rule=rule)
     if implementation == "pallas" and known == "gpu":
         return packed_gpu.attention(q, k, v, mask, rule=rule)
     kind, interpret = placement.device_kind(mesh), implementation == "pallas_interpret"
@@ -202,6 +210,13 @@ def _wrapped(mesh, rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementat
         check_vma=choice in ("reference", "xla"),  # Pallas calls do not say what varies
     )
     return call(*arrays)
+
+
+def _segment_of(lengths: jax.Array, q: jax.Array) -> jax.Array:
+    """Segment ids [B, T]: 1 up to a row's length, then 0."""
+    if lengths.shape != q.shape[:1]:
+        raise ValueError(f"attention: expected lengths of shape {q.shape[:1]}, found {lengths.shape}")
+    return (jnp.arange(q.shape[1], dtype=jnp.int32) < lengths[:, None]).astype(jnp.int32)
 
 
 def _check(q, k, v, mask: Mask, bias, causal, sliding_window, axis_name) -> None:

@@ -1,7 +1,8 @@
 """Attention on a GPU: what serves a call, by the compute capability of the GPU and by what the call asks.
 
-cuDNN, through jax.nn, where every query sees every key, or those before it: it knows neither segment ids nor positions.
-`packed_gpu.py`, our kernel, on a Hopper GPU for what is left and has no bias. The rest runs in blocks of XLA.
+cuDNN, through jax.nn, where every query sees every key, or those before it, up to the length of its row: it knows
+neither segment ids nor positions. `packed_gpu.py`, our kernel, on a Hopper GPU for what is left and has no bias. The
+rest runs in blocks of XLA.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def cudnn_refusal(
     capability = compute_capability(device_kind)
     if capability not in CUDNN_HEADS:
         return f"cuDNN serves compute capabilities from 8.0 to 10.0, and {_named(device_kind, capability)}"
-    if mask.q_segment_ids is not None:
-        return "cuDNN knows no segment ids"
+    if mask.q_segment_ids is not None and not rule.padded:
+        return "cuDNN knows no segment ids, only lengths"
     if rule.ordered and (mask.q_positions is not None or mask.kv_positions is not None):
         return "cuDNN orders by index, not by positions, which a part of a split T needs"
     if rule.sliding_window is not None and not rule.causal:
@@ -78,19 +79,24 @@ def cudnn_refusal(
     return None if _has_cudnn() else "jax finds no cuDNN where the program is traced"
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, rule: Rule) -> jax.Array:
-    """As `reference.attention` without a mask or a bias, for calls that `cudnn_refusal` lets through."""
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, rule: Rule) -> jax.Array:
+    """As `reference.attention` without a bias, for calls that `cudnn_refusal` lets through."""
     batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
-    lengths = {}
-    if queries % 2 or keys % 2:  # jax refuses an odd length in training, and 577 patches are odd; cuDNN knows lengths
-        q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    real, lengths = mask.q_segment_ids, {}
+    if real is not None:  # a row of padding is given one position, so that nothing is divided by a sum of nothing
+        ids = {"query_seq_lengths": real, "key_value_seq_lengths": mask.kv_segment_ids}
+        lengths = {name: jnp.maximum(jnp.sum(row != 0, -1, dtype=jnp.int32), 1) for name, row in ids.items()}
+    elif queries % 2 or keys % 2:
         full = {"query_seq_lengths": queries, "key_value_seq_lengths": keys}
         lengths = {name: jnp.full((batch,), length, jnp.int32) for name, length in full.items()}
+    # jax refuses an odd length in training, and 577 patches are odd; cuDNN knows lengths.
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     window = None if rule.sliding_window is None else (rule.sliding_window - 1, 0)
     out = jax.nn.dot_product_attention(
         q, k, v, scale=rule.scale, is_causal=rule.causal, local_window_size=window, implementation="cudnn", **lengths
     )
-    return out[:, :queries]
+    out = out[:, :queries]
+    return out if real is None else jnp.where((real != 0)[..., None, None], out, 0)
 
 
 def _has_cudnn() -> bool:

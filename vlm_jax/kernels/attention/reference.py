@@ -23,6 +23,7 @@ class Rule:
     sliding_window: int | None
     softcap: float | None
     scale: float
+    padded: bool = False  # a row is one segment, 1, and what fills it up, 0: cuDNN knows that as a length
 
     @property
     def ordered(self) -> bool:

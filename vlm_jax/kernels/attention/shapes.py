@@ -12,7 +12,8 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
-    """One call. `segments` packed samples per row with padding at the end; 0: no segment ids."""
+    """One call. `segments` packed samples per row with padding at the end; 0: no segment ids. `padded`: one, by its
+    length; the last row is all padding."""
 
     batch: int
     queries: int
@@ -24,6 +25,7 @@ class AttentionShape:
     sliding_window: int | None = None
     softcap: float | None = None
     segments: int = 0
+    padded: bool = False
     positions: str | None = (
         None  # "prefix": the first third is one block, seen by all; "last": T queries at the end of S
     )
@@ -47,6 +49,9 @@ class AttentionShape:
                 ids = _segments(rng, self.batch, self.keys, self.segments)
                 ids[-1] = np.where(ids[-1] == 1, 2, ids[-1])  # queries of segment 1 that see nothing
             options["kv_segment_ids"] = ids
+        if self.padded:
+            options["lengths"] = rng.integers(1, self.queries + 1, self.batch, np.int32)
+            options["lengths"][-1] = 0
         if self.positions == "prefix":
             index = np.maximum(np.arange(self.queries, dtype=np.int32) - self.queries // 3, 0)
             options["q_positions"] = options["kv_positions"] = np.tile(index, (self.batch, 1))
@@ -74,7 +79,7 @@ SHAPES = {
     "t5_xl_encoder": S(8, 512, 512, 32, 32, 64, segments=1, bias=(1, 32, 512, 512)),
     # decoders
     "mistral_7b": S(1, 4096, 4096, 32, 8, 128, causal=True, sliding_window=4096, segments=4),
-    "vicuna_7b": S(2, 2048, 2048, 32, 32, 128, causal=True, segments=1),
+    "vicuna_7b": S(2, 2048, 2048, 32, 32, 128, causal=True, padded=True),
     "mistral_7b_long": S(1, 16384, 16384, 32, 8, 128, causal=True, segments=8),
     "mistral_7b_decode": S(8, 1, 4096, 32, 8, 128, causal=True, positions="last"),
     "paligemma_prefix": S(2, 1152, 1152, 8, 1, 256, causal=True, positions="prefix"),
@@ -84,6 +89,7 @@ SHAPES = {
     # small
     "odd": S(2, 37, 37, 3, 3, 8, small=True),
     "odd_causal_grouped": S(2, 45, 45, 6, 2, 8, causal=True, small=True),
+    "padded_causal": S(3, 43, 43, 4, 2, 8, causal=True, padded=True, small=True),
     "packed_causal": S(3, 64, 64, 4, 2, 8, causal=True, segments=3, small=True),
     "packed_window_softcap": S(2, 53, 53, 4, 1, 8, causal=True, sliding_window=9, softcap=2.0, segments=2, small=True),
     "window_both_sides": S(2, 40, 40, 2, 2, 8, sliding_window=5, small=True),
