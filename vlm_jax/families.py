@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from vlm_jax.data import ImageSettings
 from vlm_jax.errors import UsageError, suggest
+from vlm_jax.kernels.attention.cost import equal_pairs
 from vlm_jax.layers.stack import check_remat
 from vlm_jax.models.binding import Params
 from vlm_jax.models.flops import Costs, llava_costs
@@ -94,6 +95,20 @@ class LlavaFamily:
     def costs(self, rates: Mapping[str, float | None]) -> Costs:
         """FLOPs of training with these learning-rate multipliers."""
         return llava_costs(self.config, self.bound.abstract, rates)
+
+    def equal_pairs(self, rows: Sequence[Sequence[int]], length: int, *, packed: bool) -> float:
+        """As `kernels.attention.cost.equal_pairs`, of the decoder."""
+        decoder = self.config.decoder
+        return equal_pairs(
+            rows,
+            length,
+            heads=decoder.num_heads,
+            kv_heads=decoder.num_kv_heads,
+            features=decoder.head_dim,
+            sliding_window=decoder.sliding_window,
+            dtype=self.dtype,
+            packed=packed,
+        )
 
 
 FAMILIES = {"llava": LlavaFamily}

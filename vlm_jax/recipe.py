@@ -49,7 +49,7 @@ def experiment(*, seed: int = 42) -> ConfigDict:
             "steps": None,
             "batch": {"samples": None, "per_device": None},
             "buckets": {"lengths": (512, 1024, 2048), "tiles": (1, 4)},
-            "packing": {"fit": None, "window": 4096},  # best_fit or first_fit: rows of the largest bucket, filled
+            "packing": {"fit": None, "window": 4096},  # best_fit, first_fit: rows of the largest bucket, filled; auto
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "dtype": "bfloat16",  # of the computation; float32 is right on a CPU
             "frozen_dtype": "float32",  # of weights that are not trained; trained ones are float32

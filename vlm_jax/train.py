@@ -73,6 +73,9 @@ class Run:
         self.tokenizer = run_tokenizer(config, self.family.vocab_size)
         for number in range(len(self.stages)):
             self._try_data(number)
+        self.notes = list(self.start.notes if self.start else ())
+        if config.packing.fit == "auto":
+            self._choose_packing()
         self.loaders = [self._loader(i, index=self._kept_index(i)) for i in range(len(self.stages))]
         self.eval_sources = [
             open_source(s.eval.path, s.eval.images, confined=s.eval.confined) if s.eval else None for s in self.stages
@@ -118,7 +121,34 @@ class Run:
             raise UsageError(f"{file} is damaged ({error}); choose another --workdir") from error
         if not isinstance(before, dict) or "stages" not in before:
             raise UsageError(f"{self.workdir} holds something else, not a run ({file}); choose another --workdir")
-        return check_resume(before, self.config, workdir=str(self.workdir), command=command) if self._has_begun else ()
+        if not self._has_begun:
+            return ()
+        if self.config.packing.fit == "auto":
+            self._set_fit(before["packing"]["fit"])  # what was chosen then
+        return check_resume(before, self.config, workdir=str(self.workdir), command=command)
+
+    def _choose_packing(self) -> None:
+        """Puts what suits the data and the devices in the place of `packing.fit=auto`."""
+        from vlm_jax.training.optimizer import multipliers
+        from vlm_jax.training.packing_fit import choose_fit, operations
+
+        total: dict[str | None, float] = {"best_fit": 0.0, None: 0.0}
+        for number, stage in enumerate(self.stages):
+            costs = self.family.costs(multipliers(list(self.family.bound.abstract), stage.groups))
+            packed = self._loader(number, packing=dataclasses.replace(stage.packing, fit="best_fit"))
+            sizes = packed.index.limited(packed.encode)
+            for fit, loader in ("best_fit", packed), (None, self._loader(number, packing=None)):
+                pairs = functools.partial(self.family.equal_pairs, packed=fit is not None)
+                total[fit] += operations(loader, sizes, costs, pairs)
+        fit, note = choose_fit(total)
+        self._set_fit(fit)
+        self.notes.append(note)
+
+    def _set_fit(self, fit: str | None) -> None:
+        from vlm_jax.recipe import stages
+
+        self.config.packing.fit = fit
+        self.stages = stages(self.config)
 
     def _prepare_workdir(self, changes: Sequence[Any]) -> None:
         """The first that is written, once everything has been checked."""
@@ -203,7 +233,7 @@ class Run:
             wandb=config.log.wandb,
             config=plain(config),
         ) as writer:
-            for note in self.start.notes if self.start else ():
+            for note in self.notes:
                 writer.say(f"note: {note}")
             for number, stage in enumerate(self.stages):
                 if begun and number < begun[-1]:

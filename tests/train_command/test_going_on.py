@@ -162,9 +162,10 @@ def test_a_packed_run_goes_on_with_the_rows_it_began_with(tmp_path: Path, monkey
     """Also if a record has been mended since, which would be packed elsewhere."""
     config = make_experiment(tmp_path / "experiment")
     monkeypatch.setenv("VLM_JAX_CACHE", str(tmp_path / "cache"))
-    words = ["--config.packing.fit=best_fit", "--config.steps=4"]
+    words = ["--config.packing.fit=auto", "--config.steps=4"]
     unbroken = train(*words, config=f"{config}:adapter", workdir=tmp_path / "unbroken")
     assert unbroken.status == 0, unbroken.err
+    assert "packing.fit=auto chose best_fit" in unbroken.out and "rows take 1." in unbroken.out
     assert "packed by best_fit: 12 rows of 48 tokens" in unbroken.out and "4 rows a step" in unbroken.out
     logged = steps(tmp_path / "unbroken", "adapt")
     assert logged[3]["samples"] == 24 and logged[4]["records/missing_image"] in (1, 2)
@@ -180,7 +181,8 @@ def test_a_packed_run_goes_on_with_the_rows_it_began_with(tmp_path: Path, monkey
         assert steps(broken, "adapt")[step]["loss"] == logged[step]["loss"]
     assert weights(broken) == weights(tmp_path / "unbroken")
     assert anew.status == 0 and "records/missing_image" not in steps(tmp_path / "anew", "adapt")[1]
-    # What cannot be told apart is refused.
+    # What was chosen stays, and what cannot be told apart is refused.
+    assert json.loads((broken / "config.json").read_text())["packing"]["fit"] == "best_fit"
     refused(train("--config.steps=4", config=f"{config}:adapter", workdir=broken), "packing.fit")
     (broken / "index-0-adapt.npz").unlink()
     (broken / "summary.json").unlink()
@@ -200,3 +202,9 @@ def test_eight_devices_go_on_where_one_stopped_with_equal_losses(
     ours, theirs = steps(copied, "finetune"), steps(finished.workdir, "finetune")
     for number in theirs:
         assert ours[number]["loss"] == pytest.approx(theirs[number]["loss"], abs=1e-5)
+
+
+def test_auto_keeps_the_rows_of_a_run_that_has_begun(config: str, finished: SimpleNamespace, copied: Path) -> None:
+    assert json.loads((finished.workdir / "config.json").read_text())["packing"]["fit"] is None
+    done = train("--config.packing.fit=auto", config=config, workdir=copied)
+    assert done.status == 0 and "is done" in done.out, done.err

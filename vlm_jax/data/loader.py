@@ -192,6 +192,10 @@ class Loader:
         empty = f"{spare} more rows of each step are empty; a larger batch.samples would fill them"
         return (self.order.describe(), *([empty] if spare else []))
 
+    def bucket(self, longest: int, most_tiles: int) -> tuple[int, int]:
+        """T and K of a step whose rows take at most so many tokens and tiles."""
+        return _smallest(self.lengths, longest), _smallest(self.tiles, most_tiles)
+
     def __iter__(self) -> Generator[HostBatch]:
         listed = BadRecordList(self._bad_records, self.start_step, self.process_index, self.process_count, self._stage)
         batches = self._batches(Counter(listed.counts))
@@ -243,7 +247,7 @@ class Loader:
         gathered = np.asarray(gathered)
         longest, most_tiles = gathered[:, :2].max(0).tolist()
         samples, real_tokens, *bad = gathered[:, 2:].sum(0).tolist()
-        bucket = _smallest(self.lengths, longest), _smallest(self.tiles, most_tiles)
+        bucket = self.bucket(longest, most_tiles)
         budgets = self._budgets | {"T": bucket[0], "K": bucket[1]}
         arrays = collate([slot.row or None for slot in slots], self._fields, budgets)
         return HostBatch(

@@ -16,12 +16,15 @@ import numpy as np
 from vlm_jax.data.order import Order
 from vlm_jax.errors import UsageError, suggest
 
+AUTO = "auto"
+
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
     """`config.packing`.
 
-    fit: "best_fit", "first_fit" (see `pack`), or None: each record has a row of its own, which is padded.
+    fit: "best_fit", "first_fit" (see `pack`), or None: each record has a row of its own, which is padded. "auto" stands
+      for best_fit or None until the trainer has chosen (`training/packing_fit.py`).
     window: records, at most, that are packed together; more fill rows better, and mix the order within a window more.
     """
 
@@ -29,10 +32,11 @@ class Packing:
     window: int = 4096
 
     def __post_init__(self) -> None:
-        if self.fit is not None and self.fit not in FITS:
-            hint = suggest(str(self.fit), FITS)
+        known = (*FITS, AUTO)
+        if self.fit is not None and self.fit not in known:
+            hint = suggest(str(self.fit), known)
             raise UsageError(
-                f"config.packing.fit is {self.fit!r}{hint}; give {', '.join(FITS)}, or None for padded rows"
+                f"config.packing.fit is {self.fit!r}{hint}; give {', '.join(known)}, or None for padded rows"
             )
         if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 1:
             raise UsageError(f"config.packing.window is {self.window!r}; give a number of records, such as 4096")

@@ -70,6 +70,7 @@ def _loader(config: Any, name: str | None) -> tuple[Any, Any]:
     """The training data of a stage, as the trainer makes it, and the stage."""
     import jax
 
+    from vlm_jax.data.packing import AUTO
     from vlm_jax.families import make_family
     from vlm_jax.inputs import run_tokenizer, stage_loader
     from vlm_jax.recipe import stages
@@ -82,6 +83,8 @@ def _loader(config: Any, name: str | None) -> tuple[Any, Any]:
         raise UsageError(f"the config has no stage {name!r}{suggest(name, names)}; it has {', '.join(names)}")
     number = names.index(name)
     stage = known[number]
+    if stage.packing.fit == AUTO:
+        raise UsageError("config.packing.fit is 'auto', which a run decides on its devices; give best_fit or None here")
     with jax.set_mesh(make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])):
         family = make_family(plain(config.model))
         tokenizer, images = run_tokenizer(config, family.vocab_size), family.images(stage.images)

@@ -31,12 +31,19 @@ def check_implementation(implementation: str | None, known: Sequence[str] = IMPL
         )
 
 
-def choose(operation: str, mesh: AbstractMesh, refusals: Mapping[str, str | None], implementation: str | None) -> str:
+def choose(
+    operation: str,
+    mesh: AbstractMesh,
+    refusals: Mapping[str, str | None],
+    implementation: str | None,
+    *,
+    log: bool = True,
+) -> str:
     """The implementation to use; "auto" leaves the choice to the platform that the program is lowered for.
 
     operation: its name, for errors. refusals: by platform that has Pallas kernels ("tpu", "gpu"), why they cannot serve
-    the call, or None where they can; "cudnn" for an operation that cuDNN has, which goes first on a GPU. Raises
-    `UsageError` where the one asked for is unknown or cannot serve it.
+    the call, or None where they can; "cudnn" for an operation that cuDNN has, which goes first on a GPU. log: whether
+    a fallback is told, once. Raises `UsageError` where the one asked for is unknown or cannot serve it.
     """
     check_implementation(implementation, IMPLEMENTATIONS + (("cudnn",) if "cudnn" in refusals else ()))
     platform = platform_of(mesh)
@@ -49,7 +56,7 @@ def choose(operation: str, mesh: AbstractMesh, refusals: Mapping[str, str | None
         for name in kernels:
             if refusals[name] is None:
                 return "cudnn" if name == "cudnn" else "pallas"
-        if kernels:
+        if kernels and log:
             _log_once(f"{operation} runs in plain XLA: " + "; ".join(str(refusals[name]) for name in kernels))
         return "xla"
     if implementation == "pallas" and platform is not None and platform not in refusals:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from vlm_jax.kernels.attention.cost import visible_pairs
 from vlm_jax.models.llava import LlavaConfig
 
 ORDER = ("vision", "connector", "newline", "decoder")  # of the flow; a gradient reaches what lies after a trained part
@@ -36,9 +37,7 @@ class Costs:
         tokens = int((segments != 0).sum())
         pairs = 0
         for row in segments:
-            lengths = np.bincount(row)[1:].astype(np.int64)
-            window = np.minimum(lengths, self.sliding_window or np.iinfo(np.int64).max)
-            pairs += int((window * (window + 1) // 2 + (lengths - window) * window).sum())
+            pairs += sum(visible_pairs(n, self.sliding_window) for n in np.bincount(row)[1:].tolist())
         labels = int((arrays["labels"] >= 0).sum())
         places = arrays["visual_inverse"].reshape(arrays["tile_image"].size, -1)  # of the features of each tile
         tiles = int((places >= 0).any(axis=-1).sum())

@@ -98,12 +98,10 @@ def attention(
     gpu.check_dtype(q.dtype, placement.device_kind(mesh))
     if mesh.explicit_axes:
         return _wrapped(mesh, rule, q, k, v, mask, bias, axis_name, implementation)
-    return _local(
-        rule, q, k, v, mask, bias, axis_name, _choose(mesh, rule, q, k, mask, bias, axis_name, implementation)
-    )
+    return _local(rule, q, k, v, mask, bias, axis_name, choose(mesh, rule, q, k, mask, bias, axis_name, implementation))
 
 
-def _choose(mesh, rule, q, k, mask, bias, axis_name, implementation: str | None) -> str:
+def choose(mesh, rule, q, k, mask, bias, axis_name, implementation: str | None, *, log: bool = True) -> str:
     """As `placement.choose`. Of a split sequence a kernel is given some queries, all keys, and positions."""
     kind, placed = placement.device_kind(mesh), None
     if (mesh.auto_axes and mesh.size > 1) or placement.varying_axes(q):
@@ -119,7 +117,7 @@ def _choose(mesh, rule, q, k, mask, bias, axis_name, implementation: str | None)
         return "xla"
     parts = {"tpu": tpu.refusal, "gpu": gpu.refusal, "cudnn": gpu.cudnn_refusal}
     refusals = {name: refusal(rule, q, k, mask, bias, kind) or placed for name, refusal in parts.items()}
-    return placement.choose("attention", mesh, refusals, implementation)
+    return placement.choose("attention", mesh, refusals, implementation, log=log)
 
 
 def _local(rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementation: str) -> jax.Array:
@@ -174,7 +172,7 @@ def _wrapped(mesh, rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementat
             f"attention: {q.shape[2]} query heads on {k.shape[2]} key heads do not split over the {parts} devices of "
             f"{heads}; choose a head axis that divides {k.shape[2]}, or is a multiple of it"
         )
-    choice = _choose(mesh, rule, q, k, mask, bias, axis_name, implementation)
+    choice = choose(mesh, rule, q, k, mask, bias, axis_name, implementation)
     divided = placement.axes_size(mesh, length) > 1
     if divided and axis_name is not None:
         raise ValueError(f"attention: T is split twice, over axis_name={axis_name!r} and over {length}; choose one")
