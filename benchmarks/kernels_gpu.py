@@ -104,8 +104,11 @@ def attention_row(name: str, others: tuple[str, ...], **aims: float) -> Row:
 
     def seen_by(ids: Mapping[str, jax.Array]) -> jax.Array:
         """bool [B, T, S]."""
-        mask = Mask(*(ids.get(field) for field in Mask._fields)).with_positions(rule, shape.queries, shape.keys)
-        seen = visible(rule, mask)
+        mask = Mask(*(ids.get(field) for field in Mask._fields))
+        if "lengths" in ids:
+            real = (jnp.arange(shape.queries) < ids["lengths"][:, None]).astype(jnp.int32)
+            mask = mask._replace(q_segment_ids=real, kv_segment_ids=real)
+        seen = visible(rule, mask.with_positions(rule, shape.queries, shape.keys))
         return jnp.broadcast_to(True if seen is None else seen, (shape.batch, shape.queries, shape.keys))
 
     def side(other: str | None) -> Callable[..., Any]:
@@ -127,7 +130,7 @@ def attention_row(name: str, others: tuple[str, ...], **aims: float) -> Row:
         arrays, options = shape.arguments()
         d_out = np.random.default_rng(1).standard_normal(arrays["q"].shape, np.float32)
         halves = [jnp.asarray(x, jnp.bfloat16) for x in (*(arrays[name] for name in "qkv"), d_out)]
-        return *halves, {key: jnp.asarray(x) for key, x in options.items() if key in Mask._fields and x is not None}
+        return *halves, {key: jnp.asarray(x) for key, x in options.items() if isinstance(x, np.ndarray)}
 
     packed = shape.segments or shape.positions
     return Row(
@@ -158,7 +161,7 @@ def rows() -> dict[str, list[Row]]:
             *(attention_row(name, ("xla",)) for name in ATTENTION_SMALL),
             attention_row("flamingo_cross", ("xla", "masked cudnn", "naive")),
             attention_row("mistral_7b", ("xla", "masked cudnn", "naive"), **{"masked cudnn": 2.0}),
-            attention_row("vicuna_7b", ("xla", "masked cudnn", "naive")),
+            attention_row("vicuna_7b", ("xla", "masked cudnn", "pallas", "naive"), pallas=0.97),
             attention_row("mistral_7b_long", ("xla",)),
             attention_row("clip_l14_336", ("xla", "cudnn", "pallas"), cudnn=0.97, pallas=0.97),
             attention_row("siglip_so400m_384", ("xla", "cudnn", "pallas"), cudnn=0.97, pallas=0.97),

@@ -255,6 +255,7 @@ def test_what_cudnn_is_asked_is_the_definition(shape, monkeypatch) -> None:
         (A100, 8.0),
         ("NVIDIA A10G", 8.6),
         ("NVIDIA GeForce RTX 4090", 8.9),
+        ("NVIDIA RTX 6000 Ada Generation", 8.9),
         ("NVIDIA GH200 480GB", 9.0),
         (B200, 10.0),
         ("NVIDIA of the future", None),

@@ -51,6 +51,8 @@ def choose(
         return implementation
     if implementation is None:
         if platform is None:  # only a mesh says which GPU it is, so there a kernel is never chosen blindly
+            if log and jax.default_backend() == "gpu":
+                _log_once(f"{operation} runs in plain XLA: only a mesh says which GPU it is, so use jax.set_mesh")
             return "xla" if refusals["tpu"] is not None else "auto"
         kernels = [name for name in (("cudnn", "gpu") if platform == "gpu" else (platform,)) if name in refusals]
         for name in kernels:
@@ -111,9 +113,10 @@ def device_kind(mesh: AbstractMesh) -> str | None:
 # CUDA's compute capabilities (developer.nvidia.com/cuda-gpus), by a word of the device's name.
 _CAPABILITIES = {
     **dict.fromkeys(("B100", "B200", "GB200"), 10.0),
-    **dict.fromkeys(("H100", "H200", "H800", "GH200"), 9.0),
-    **dict.fromkeys(("L4", "L40", "L40S", "4070", "4080", "4090"), 8.9),
-    **dict.fromkeys(("A10", "A10G", "A16", "A40", "A2", "A6000", "3070", "3080", "3090"), 8.6),
+    **dict.fromkeys(("H20", "H100", "H200", "H800", "GH200"), 9.0),
+    **dict.fromkeys(("L4", "L20", "L40", "L40S", "ADA", "4060", "4070", "4080", "4090"), 8.9),
+    **dict.fromkeys(("A10", "A10G", "A16", "A40", "A2", "A4000", "A5000", "A6000"), 8.6),
+    **dict.fromkeys(("3060", "3070", "3080", "3090"), 8.6),
     **dict.fromkeys(("A100", "A30", "A800"), 8.0),
     **dict.fromkeys(("T4", "2070", "2080"), 7.5),
     **dict.fromkeys(("V100",), 7.0),

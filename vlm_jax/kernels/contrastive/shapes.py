@@ -11,8 +11,9 @@ import numpy as np
 class ContrastiveShape:
     """One call. `features` are how the vectors are made.
 
-    "alike": unit vectors, partners are close, as after some training; "equal": all N are the same vector; "zero": every
-    third image and text is 0; "opposed": partners point away from each other (the largest losses).
+    "alike": unit vectors, partners are close (a cosine of 0.7); "distant": of 0.16, where tens of thousands of pairs
+    have a loss of about 1 at a scale of 100; "equal": all N are the same vector; "zero": every third image and text is
+    0; "opposed": partners point away from each other (the largest losses).
     """
 
     pairs: int
@@ -26,7 +27,7 @@ class ContrastiveShape:
         """Made-up float32 image [N, D], text [N, D], scale and bias; the softmax loss takes no bias."""
         rng = np.random.default_rng(seed)
         image, noise = rng.standard_normal((2, self.pairs, self.width), np.float32)
-        text = image + noise
+        text = image + noise * (6 if self.features == "distant" else 1)
         if self.features == "equal":
             image = text = np.broadcast_to(image[:1], image.shape)
         elif self.features == "opposed":
@@ -39,8 +40,8 @@ class ContrastiveShape:
 
 S = ContrastiveShape
 SHAPES = {
-    "clip_b32": S(32768, 512, scale=100.0),
-    "clip_l14": S(32768, 768, scale=100.0),
+    "clip_b32": S(32768, 512, scale=100.0, features="distant"),
+    "clip_l14": S(32768, 768, scale=100.0, features="distant"),
     "siglip_b16": S(32768, 768, scale=117.0, bias=-12.9),
     "siglip_so400m": S(32768, 1152, scale=112.0, bias=-16.5),
     "open_clip_benchmark": S(4096, 512),
