@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo
 
 from tests.kernels.devices import A100, H200, absent_mesh
 from vlm_jax.kernels.attention.cost import equal_pairs
@@ -26,8 +25,7 @@ MEMORY = 10 * (4 + 2) / 2 * 160 / (12 * 64)  # 10 passes over scores, half of th
         ("TPU v5 lite", [[100, 50]], True, KERNEL * 256**2),
     ],
 )
-def test_what_is_computed_counts(kind, rows, packed, want, monkeypatch) -> None:
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+def test_what_is_computed_counts(kind, rows, packed, want, with_cudnn) -> None:
     sizes = {"heads": 4, "kv_heads": 2, "features": 64, "sliding_window": None, "dtype": jnp.bfloat16}
     with jax.sharding.use_abstract_mesh(absent_mesh(kind)):
         assert equal_pairs(rows, 256, **sizes, packed=packed) == pytest.approx(want)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.kernels import placement
-from vlm_jax.kernels.attention import splash
+from vlm_jax.kernels.attention import splash, tpu
 from vlm_jax.kernels.attention.api import choose
 from vlm_jax.kernels.attention.reference import Mask, Rule
 from vlm_jax.kernels.tiles import tile_size
@@ -62,8 +62,8 @@ def equal_pairs(
         dear += SCORE_PASSES * (4 + size) / 2 * INTENSITY[platform][size] / (12 * features)
     elif choice == "pallas" and platform == "gpu":
         block = 128
-    elif platform == "tpu" and length <= splash.longest_block(device):
-        return dear * len(rows) * length**2  # `short.py` skips nothing
+    elif platform == "tpu" and tpu.is_short(rule, q, k, mask, placement.device_kind(mesh)):
+        return dear * len(rows) * length**2  # it skips nothing
     else:  # blocks are skipped by their place alone
         block = splash.longest_block(device) if platform == "tpu" else 128
         rows = [[length]] * len(rows)

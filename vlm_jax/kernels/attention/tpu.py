@@ -42,11 +42,14 @@ def attention(
 ) -> jax.Array:
     """As `reference.attention` without a bias, for calls that `refusal` lets through. device_kind: as jax names it;
     None where it is not known."""
-    device = device_kind or "tpu"
-    skips = rule.ordered and k.shape[1] > splash.longest_block(device)
-    fits = _fits(q, k, device_kind)
-    kernel = splash if splash.serves(rule, mask) and (skips or not fits) else short
-    return kernel.attention(q, k, v, mask, rule=rule, device=device, interpret=interpret)
+    kernel = short if is_short(rule, q, k, mask, device_kind) else splash
+    return kernel.attention(q, k, v, mask, rule=rule, device=device_kind or "tpu", interpret=interpret)
+
+
+def is_short(rule: Rule, q: jax.Array, k: jax.Array, mask: Mask, device_kind: str | None) -> bool:
+    """Whether `short.py` takes a call that one of the kernels can serve, and not `splash.py`."""
+    skips = rule.ordered and k.shape[1] > splash.longest_block(device_kind or "tpu")
+    return not splash.serves(rule, mask) or (_fits(q, k, device_kind) and not skips)
 
 
 def _fits(q: jax.Array, k: jax.Array, device_kind: str | None) -> bool:
