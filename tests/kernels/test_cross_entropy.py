@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vlm_jax.errors import UsageError
 from vlm_jax.kernels import linear_cross_entropy
 from vlm_jax.kernels.cross_entropy import xla
-from vlm_jax.kernels.cross_entropy.shapes import SMALL, CrossEntropyShape
+from vlm_jax.kernels.cross_entropy.shapes import SHAPES, SMALL, CrossEntropyShape
 
 # Float32 logsumexp of some dozens of terms, summed over some dozens of tokens.
 TOLERANCE = 2e-5
@@ -260,3 +262,50 @@ def test_a_mistake_is_one_sentence(change, error, says) -> None:
     good = {"hidden": np.ones((5, 4), np.float32), "kernel": np.ones((4, 6), np.float32), "labels": np.ones(5, int)}
     with pytest.raises(error, match=says):
         linear_cross_entropy(**{**good, **change})
+
+
+# ----------------------------------------------------------------------------------- large rows, here and ahead of time
+
+LARGE = {name: shape for name, shape in SHAPES.items() if not shape.small}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_large_rows_run_on_a_cpu(name) -> None:
+    """All of a row, of which 64 tokens have a weight: those beside the definition, which has an array of all logits."""
+    arrays, options = LARGE[name].arguments()
+    chosen = np.flatnonzero(arrays["labels"] >= 0)[::7][:64]
+    weights = np.zeros_like(arrays["weights"])
+    weights[chosen] = arrays["weights"][chosen]
+    total, per_token, grads = run({**arrays, "weights": weights}, options)
+    few = {key: x if key == "kernel" else x[chosen] for key, x in arrays.items()}
+    want = run(few, {**options, "implementation": "reference"})
+    assert_close((total, per_token[chosen], {**grads, "hidden": grads["hidden"][chosen]}), want)
+    assert not np.delete(grads["hidden"], chosen, 0).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_compiles_for_tpus_ahead_of_time(name, tpu_chips) -> None:
+    """Value and gradients, beside the kernel's gradient in a memory of some chunks of logits."""
+    shape = LARGE[name]
+    mesh = Mesh(np.array(tpu_chips[:1]), ("data",), axis_types=(AxisType.Explicit,))
+    sizes = {"hidden": (shape.tokens, shape.features), "kernel": (shape.features, shape.entries)}
+    sizes |= {"labels": (shape.tokens,), "weights": (shape.tokens,)}
+    types = {"labels": jnp.int32, "weights": jnp.float32}
+    whole = NamedSharding(mesh, P())
+    arrays = {
+        key: jax.ShapeDtypeStruct(size, types.get(key, jnp.bfloat16), sharding=whole) for key, size in sizes.items()
+    }
+    _, options = dataclasses.replace(shape, tokens=1, entries=2).arguments()
+
+    def step(arrays):
+        def loss(trained):
+            return linear_cross_entropy(**{**arrays, **trained}, **options)[0]
+
+        return jax.value_and_grad(loss)({key: arrays[key] for key in ("hidden", "kernel")})
+
+    with jax.set_mesh(mesh):
+        memory = jax.jit(step).lower(arrays).compile().memory_analysis()
+    made = 4 * shape.features * shape.entries  # the kernel's gradient in float32
+    assert memory.temp_size_in_bytes < made + 2 * 4 * 1024 * shape.entries
