@@ -31,18 +31,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+from vlm_jax.topologies import TPUS, tpu_chips
+
 OPERATIONS_PER_CYCLE = 4 * 128 * 128 * 2  # of a v5e
 # loss, implementation, pairs, features, chips, ring, kinds of chip
 MEMORY = [
-    ("softmax", "pallas", 32768, 768, 1, False, list(TOPOLOGIES)),
-    ("sigmoid", "pallas", 32768, 1152, 1, False, list(TOPOLOGIES)),
+    ("softmax", "pallas", 32768, 768, 1, False, list(TPUS)),
+    ("sigmoid", "pallas", 32768, 1152, 1, False, list(TPUS)),
     ("softmax", "pallas", 32768, 768, 4, False, ["v5e"]),
     ("softmax", "pallas", 262144, 768, 4, True, ["v5e"]),
     ("sigmoid", "pallas", 262144, 768, 4, True, ["v5e"]),
@@ -58,14 +53,6 @@ TARGETS = {"contrastive forward": 0.65, "contrastive backward": 0.60, "times fla
 # ---------------------------------------------------------------------------------------- in a process for each program
 
 
-def chips(kind: str) -> list[Any]:
-    from jax.experimental import topologies
-
-    name = TOPOLOGIES[kind]
-    hosts = {"chips_per_host_bounds": (2, 2, 1)} if name.count("x") == 1 else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=name, **hosts).devices
-
-
 def compile_loss(
     loss: str, implementation: str, pairs: int, features: int, count: int, ring: bool, kind: str
 ) -> dict[str, Any]:
@@ -78,7 +65,7 @@ def compile_loss(
     from vlm_jax.kernels.contrastive import api
 
     api.GATHER_BYTES = 0 if ring else 2**28
-    mesh = Mesh(np.array(chips(kind)[:count]), ("data",), axis_types=(AxisType.Explicit,))
+    mesh = Mesh(np.array(tpu_chips(TPUS[kind])[:count]), ("data",), axis_types=(AxisType.Explicit,))
     image = jax.ShapeDtypeStruct((pairs, features), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("data")))
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     call = {"softmax": softmax_contrastive_loss, "sigmoid": sigmoid_contrastive_loss}[loss]
@@ -106,7 +93,7 @@ def compile_attention(name: str, ours: bool) -> dict[str, Any]:
     from vlm_jax.kernels.attention.short import Plan
 
     shape = SHAPES[name]
-    mesh = Mesh(np.array(chips("v5e")[:1]), ("data",), axis_types=(AxisType.Explicit,))
+    mesh = Mesh(np.array(tpu_chips(TPUS["v5e"])[:1]), ("data",), axis_types=(AxisType.Explicit,))
 
     def like(size: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -162,7 +149,7 @@ def compiled(case: str, *arguments: Any, dump: Path | None = None) -> dict[str, 
     flags = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"} if dump else {}
     done = subprocess.run(
         [sys.executable, __file__, "--case", json.dumps([case, *arguments])],
-        env=os.environ | ENVIRONMENT | flags,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | flags,
         capture_output=True,
         text=True,
     )

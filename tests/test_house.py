@@ -21,7 +21,7 @@ PACKAGE = ROOT / "vlm_jax"
 
 # docs/design.md, from the ground up. A part may import those below it and those beside it, but not in a circle.
 LEVELS = (
-    ("kernels", "sharding"),
+    ("kernels", "sharding", "topologies"),
     ("layers",),
     ("models", "objectives", "data"),
     ("training", "evaluation", "interop", "families", "inference", "recipe", "requirements", "inputs"),

@@ -13,8 +13,9 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # from jax 0.11 on it is in mosaic_gpu
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
+
+from vlm_jax import topologies
 
 
 @pytest.fixture
@@ -36,8 +37,8 @@ def with_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def gpu_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """What `interpret=` of a kernel for Mosaic GPU takes. There must be no race between its threads; jax 0.12 minds the
-    order of the TMA's writes, too, and of what is read before them.
+    """What `interpret=` of a kernel for Mosaic GPU takes. There must be no race between its threads; jax 0.12 also
+    minds the order of the TMA's writes and of what is read before them.
 
     jax has no other door to these: how a thread is run (0.10 compiles every thread of every program anew, a second each
     time; here each kernel once), and the races that were found.
@@ -59,12 +60,8 @@ def gpu_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     assert not races
 
 
-@pytest.fixture(params=["v4:2x2x1", "v5e:2x2", "v5:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def tpu_chips(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[jax.Device]:
+@pytest.fixture(params=topologies.TPUS.values())
+def tpu_chips(request: pytest.FixtureRequest) -> list[jax.Device]:
     """Chips of one kind to compile for; none is there. Skips the test without libtpu."""
     pytest.importorskip("libtpu")
-    settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
-    for name, value in (settings | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
-        monkeypatch.setenv(name, value)
-    hosts = {"chips_per_host_bounds": (2, 2, 1)} if request.param.count("x") == 1 else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=request.param, **hosts).devices
+    return topologies.tpu_chips(request.param)
