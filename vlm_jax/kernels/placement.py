@@ -110,6 +110,11 @@ def device_kind(mesh: AbstractMesh) -> str | None:
     return None if mesh.abstract_device is None else mesh.abstract_device.device_kind
 
 
+def fast_memory(device: str) -> int:
+    """Bytes of a TPU's VMEM that a kernel may take, by its kind; of "tpu", what those after v4 have at least."""
+    return (16 if device in ("TPU v2", "TPU v3", "TPU v4") else 64) * 2**20
+
+
 # CUDA's compute capabilities (developer.nvidia.com/cuda-gpus), by a word of the device's name.
 _CAPABILITIES = {
     **dict.fromkeys(("B100", "B200", "GB200"), 10.0),

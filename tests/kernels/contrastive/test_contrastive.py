@@ -321,9 +321,11 @@ def test_random_shapes(kind, monkeypatch) -> None:
 @pytest.mark.slow
 @KINDS
 def test_compiles_for_tpus_ahead_of_time(kind, tpu_chips, monkeypatch) -> None:
-    """One chip; four with gathered texts; four in a ring. Needs libtpu, no TPU (`pip install -e ".[plan]"`)."""
-    pairs, width = 4096, 1152
-    for count, ring in ((1, False), (4, False), (4, True)):
+    """One chip, with and without gradients; four with gathered texts; four in a ring.
+
+    Needs libtpu, no TPU (`pip install -e ".[plan]"`)."""
+    pairs = 4096
+    for count, ring, width in ((1, False, 1024), (4, False, 1152), (4, True, 1152)):
         monkeypatch.setattr(api, "GATHER_BYTES", 0 if ring else 2**28)
         mesh = Mesh(np.array(tpu_chips[:count]), ("data",), axis_types=(AxisType.Explicit,))
         rows, whole = NamedSharding(mesh, P("data", None)), NamedSharding(mesh, P())
@@ -334,3 +336,6 @@ def test_compiles_for_tpus_ahead_of_time(kind, tpu_chips, monkeypatch) -> None:
         text = jax.jit(gradient).lower(*arguments).compile().as_text()
         assert f"contrastive_{kind}_gradients" in text and "tpu_custom_call" in text
         assert not ring or "collective-permute" in text  # some chips gather by permutations too
+        if count == 1:
+            text = jax.jit(LOSSES[kind]).lower(*arguments).compile().as_text()
+            assert f"contrastive_{kind}_sums" in text

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import jax
 
+from vlm_jax.kernels import placement
 from vlm_jax.kernels.attention import short, splash
 from vlm_jax.kernels.attention.reference import Mask, Rule
-
-FAST_MEMORY = {"TPU v2": 16, "TPU v3": 16, "TPU v4": 16}  # MB of VMEM; of later chips at least 64
 
 
 def refusal(
@@ -53,6 +52,6 @@ def is_short(rule: Rule, q: jax.Array, k: jax.Array, mask: Mask, device_kind: st
 
 
 def _fits(q: jax.Array, k: jax.Array, device_kind: str | None) -> bool:
-    memory = FAST_MEMORY.get(device_kind or "", 64) * 2**20
-    needed = short.Plan.make(q.shape, k.shape, device_kind or "tpu").fast_memory(q.dtype.itemsize)
-    return k.shape[1] <= short.MOST_KEYS and needed <= memory
+    device = device_kind or "tpu"
+    needed = short.Plan.make(q.shape, k.shape, device).fast_memory(q.dtype.itemsize)
+    return k.shape[1] <= short.MOST_KEYS and needed <= placement.fast_memory(device)

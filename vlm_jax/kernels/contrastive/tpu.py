@@ -109,6 +109,7 @@ class _Call:
         width = math.ceil(image.shape[1] / _LANES) * _LANES
         device = placement.device_of(placement.mesh_of(image))
         most = tile_size(f"contrastive.tpu.{'tile' if width <= 1024 else 'wide_tile'}", device)
+        most = _fitting(most, width, image.dtype.itemsize, placement.fast_memory(device))
         self.rows, images = tile(image.shape[0], most)
         self.columns, self.texts = tile(text.shape[0], most)
         self.grid = images // self.rows, self.texts // self.columns
@@ -152,9 +153,8 @@ class _Call:
         """Runs `kernel(offset, numbers, image, text, *inputs, *outputs, *scratch)` over the tiles."""
         pairs = self.image.shape[0] * self.texts
         vary = jax.typeof(self.image).manual_axis_type
-        factors = (self.rows + self.columns) * self.width * self.image.dtype.itemsize
-        results = (self.rows + self.columns) * self.width * 4
-        needed = 4 * factors + 2 * results + 8 * self.rows * self.columns * 4
+        needed = _blocks(self.rows, self.columns, self.width, self.image.dtype.itemsize)
+        needed += 8 * self.rows * self.columns * 4
         return pl.pallas_call(
             functools.partial(kernel, counts=self.counts),
             name=name,
@@ -331,6 +331,18 @@ def tile(length: int, most: int) -> tuple[int, int]:
     tiles = math.ceil(length / most)
     size = math.ceil(length / tiles / _LANES) * _LANES
     return size, size * tiles
+
+
+def _fitting(most: int, width: int, itemsize: int, memory: int) -> int:
+    """The largest tile of at most `most` whose gradients are made in `memory`. The compiler was seen to need its blocks
+    and up to five numbers of the features' type a pair: it sets aside what does not fit into registers."""
+    sizes = range(most, _LANES, -_LANES)
+    return next((n for n in sizes if _blocks(n, n, width, itemsize) + 5 * n * n * itemsize <= memory), _LANES)
+
+
+def _blocks(rows: int, columns: int, width: int, itemsize: int) -> int:
+    """Bytes of a tile's features, as they lie, turned, and on their way, and of their float32 gradients."""
+    return (rows + columns) * width * (4 * itemsize + 2 * 4)
 
 
 def _pad(array, axis: int, multiple: int):
