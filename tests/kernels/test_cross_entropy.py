@@ -307,5 +307,6 @@ def test_compiles_for_tpus_ahead_of_time(name, tpu_chips) -> None:
 
     with jax.set_mesh(mesh):
         memory = jax.jit(step).lower(arrays).compile().memory_analysis()
-    made = 4 * shape.features * shape.entries  # the kernel's gradient in float32
-    assert memory.temp_size_in_bytes < made + 2 * 4 * 1024 * shape.entries
+    made = 4 * shape.features * shape.entries  # the kernel's gradient in float32, of which a tpu7x gets two
+    gradients = 2 * made if tpu_chips[0].device_kind.startswith("TPU7") else made
+    assert memory.temp_size_in_bytes < gradients + 2 * 4 * 1024 * shape.entries

@@ -6,7 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 
 from vlm_jax.kernels import placement
 from vlm_jax.kernels.attention import gpu, packed_gpu, reference, split, tpu, xla
@@ -101,7 +101,18 @@ def attention(
     return _local(rule, q, k, v, mask, bias, axis_name, choose(mesh, rule, q, k, mask, bias, axis_name, implementation))
 
 
-def choose(mesh, rule, q, k, mask, bias, axis_name, implementation: str | None, *, log: bool = True) -> str:
+def choose(
+    mesh: AbstractMesh,
+    rule: Rule,
+    q: jax.Array,
+    k: jax.Array,
+    mask: Mask,
+    bias: jax.Array | None,
+    axis_name: str | tuple[str, ...] | None,
+    implementation: str | None,
+    *,
+    log: bool = True,
+) -> str:
     """As `placement.choose`. Of a split sequence a kernel is given some queries, all keys, and positions."""
     kind, placed = placement.device_kind(mesh), None
     if (mesh.auto_axes and mesh.size > 1) or placement.varying_axes(q):
