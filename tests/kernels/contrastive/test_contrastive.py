@@ -14,9 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vlm_jax.errors import UsageError
-from vlm_jax.kernels import sigmoid_contrastive_loss, softmax_contrastive_loss
+from vlm_jax.kernels import custom_calls, sigmoid_contrastive_loss, softmax_contrastive_loss
 from vlm_jax.kernels.contrastive import api, tpu, xla
-from vlm_jax.kernels.contrastive.shapes import SMALL, ContrastiveShape
+from vlm_jax.kernels.contrastive.shapes import SHAPES, SMALL, ContrastiveShape
 
 LOSSES = {"softmax": softmax_contrastive_loss, "sigmoid": sigmoid_contrastive_loss}
 # A float32 logit of size s is off by about 1e-7 s, and so are its probability and the loss.
@@ -339,3 +339,17 @@ def test_compiles_for_tpus_ahead_of_time(kind, tpu_chips, monkeypatch) -> None:
         if count == 1:
             text = jax.jit(LOSSES[kind]).lower(*arguments).compile().as_text()
             assert f"contrastive_{kind}_sums" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if not shape.small])
+def test_large_rows_compile_for_tpus_ahead_of_time(name, tpu_chips) -> None:
+    shape = SHAPES[name]
+    mesh = Mesh(np.array(tpu_chips[:1]), ("data",), axis_types=(AxisType.Explicit,))
+    whole = NamedSharding(mesh, P())
+    features = jax.ShapeDtypeStruct((shape.pairs, shape.width), jnp.bfloat16, sharding=whole)
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    for kind, count in {"softmax": 3, "sigmoid": 4}.items():
+        gradient = jax.value_and_grad(LOSSES[kind], argnums=tuple(range(count)))
+        calls = custom_calls(jax.jit(gradient).lower(*(features, features, number, number)[:count]).compile())
+        assert any(call.startswith(f"contrastive_{kind}_gradients") for call in calls), calls

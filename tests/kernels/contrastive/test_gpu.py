@@ -132,7 +132,12 @@ def gradient(kind):
     [
         ("softmax", SHAPES["clip_l14"]),
         ("sigmoid", SHAPES["siglip_so400m"]),
-        pytest.param("softmax", ContrastiveShape(262144, 768), marks=pytest.mark.slow),
+        *(
+            pytest.param(kind, shape, marks=pytest.mark.slow)
+            for kind in LOSSES
+            for shape in (*SHAPES.values(), ContrastiveShape(262144, 768))
+            if not shape.small
+        ),
     ],
 )
 def test_exports_for_an_h200_without_an_array_of_all_pairs(kind, shape) -> None:
