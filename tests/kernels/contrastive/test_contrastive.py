@@ -13,6 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.kernels.devices import absent_mesh
+from tests.kernels.products import IN_BF16_SUMMED_IN_FLOAT32, products, types
 from vlm_jax.errors import UsageError
 from vlm_jax.kernels import custom_calls, sigmoid_contrastive_loss, softmax_contrastive_loss
 from vlm_jax.kernels.contrastive import api, tpu, xla
@@ -119,6 +121,24 @@ def test_bf16_features_are_summed_in_float32(kind, implementation) -> None:
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     for name, x in want[1].items():
         np.testing.assert_allclose(got[1][name], x, rtol=2e-2, atol=1e-2 * np.abs(x).max() + 2**-9, err_msg=name)
+
+
+@KINDS
+def test_products_are_summed_in_float32_and_float32_factors_are_not_rounded(kind, small_tiles) -> None:
+    arrays = made(kind, SMALL["odd"])
+    of_value = functools.partial(LOSSES[kind], implementation="xla")
+
+    def found(dtype):
+        features = [jnp.asarray(arrays[name], dtype) for name in ("image", "text")]
+        numbers = [arrays[name] for name in ("scale", "bias") if name in arrays]
+        calls = of_value, jax.grad(of_value, argnums=(0, 1))
+        return [equation for call in calls for equation in products(call, *features, *numbers)]
+
+    of_bf16, of_float32 = found(jnp.bfloat16), found(jnp.float32)
+    assert len(of_bf16) == len(of_float32) == {"softmax": 5, "sigmoid": 4}[kind]
+    assert types(of_bf16) == IN_BF16_SUMMED_IN_FLOAT32
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert all(equation.params["precision"] == highest for equation in of_float32)
 
 
 def test_a_loss_near_zero_keeps_its_digits() -> None:

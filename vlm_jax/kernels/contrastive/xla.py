@@ -152,9 +152,14 @@ class _Cut:
         """A start for a loop; it varies over the mesh as the images do."""
         return jnp.full_like(self.images, value, dtype=self.dtype, shape=shape)
 
+    def product(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """a · b, summed in float32; float32 factors are not rounded, which GPUs and TPUs would do otherwise."""
+        precision = "highest" if a.dtype == jnp.float32 else None
+        return jnp.matmul(a, b, precision=precision, preferred_element_type=self.dtype)
+
     def logits(self, i, j) -> jax.Array:
         """Tile (i, j), [rows, columns]; `NOTHING` for partners and beyond the ends."""
-        logits = self.scale * jnp.matmul(self.images[i], self.turned[j], preferred_element_type=self.dtype)
+        logits = self.scale * self.product(self.images[i], self.turned[j])
         if self.bias is not None:
             logits = logits + self.bias
         row = i * self.tiles.rows + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
@@ -180,8 +185,8 @@ class _Cut:
                 d_row, d_texts, totals = carry
                 slopes, parts = slope(self.logits(i, j), i, j)
                 slopes = slopes.astype(kind)
-                d_row = d_row + jnp.matmul(slopes, self.texts[j], preferred_element_type=self.dtype)
-                d_text = d_texts[j] + jnp.matmul(image, slopes, preferred_element_type=self.dtype)
+                d_row = d_row + self.product(slopes, self.texts[j])
+                d_text = d_texts[j] + self.product(image, slopes)
                 totals = tuple(total + part for total, part in zip(totals, parts, strict=True))
                 return d_row, d_texts.at[j].set(d_text), totals
 
