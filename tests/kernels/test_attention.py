@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.kernels.products import IN_BF16_SUMMED_IN_FLOAT32, products, types
 from tests.kernels.serving import table
 from vlm_jax.errors import UsageError
 from vlm_jax.kernels import attention, custom_calls, tiles
@@ -171,6 +172,16 @@ def test_bf16_is_summed_in_float32(implementation, small_blocks) -> None:
     out, grads = run(arrays, {"implementation": implementation}, np.ones((1, 1, 1, 8), np.float32))
     assert out.dtype == jnp.bfloat16 and (out == 1).all()
     np.testing.assert_allclose(grads["v"].astype(jnp.float32), 1 / 2000, rtol=2**-8)
+
+
+def test_products_of_bf16_in_blocks_are_summed_in_float32() -> None:
+    q = jnp.ones((1, 5, 2, 8), jnp.bfloat16)
+
+    def loss(q, k, v):
+        return attention(q, k, v, implementation="xla").astype(jnp.float32).sum()
+
+    found = products(jax.grad(loss, argnums=(0, 1, 2)), q, q, q)
+    assert len(found) == 7 and types(found) == IN_BF16_SUMMED_IN_FLOAT32
 
 
 def test_scale_and_bf16_inputs_stay_within_bf16_of_the_definition() -> None:

@@ -16,6 +16,9 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from vlm_jax.errors import UsageError, suggest
 
+# MB of VMEM of a TPU's core, by jax's name for its kind; of those that are not here, at least 64.
+FAST_MEMORY = {"TPU v2": 16, "TPU v3": 16, "TPU v4": 16, "TPU v5 lite": 128, "TPU v6 lite": 128}
+
 IMPLEMENTATIONS = ("reference", "xla", "pallas", "pallas_interpret")
 
 # An entry of a PartitionSpec, as a tuple of mesh axes.
@@ -108,11 +111,6 @@ def device_of(mesh: AbstractMesh) -> str:
 def device_kind(mesh: AbstractMesh) -> str | None:
     """As jax names it ("TPU v4", "NVIDIA H200"), or None where there is no mesh."""
     return None if mesh.abstract_device is None else mesh.abstract_device.device_kind
-
-
-def fast_memory(device: str) -> int:
-    """Bytes of a TPU's VMEM that a kernel may take, by its kind; of "tpu", what those after v4 have at least."""
-    return (16 if device in ("TPU v2", "TPU v3", "TPU v4") else 64) * 2**20
 
 
 # CUDA's compute capabilities (developer.nvidia.com/cuda-gpus), by a word of the device's name.

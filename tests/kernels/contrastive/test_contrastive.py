@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import hypothesis
@@ -282,6 +283,36 @@ def test_none_is_pallas_where_the_call_is_lowered_for_a_tpu(kind, explicit_mesh)
         assert f"contrastive_{kind}_sums" in str(jax.make_jaxpr(LOSSES[kind])(*sharded, *arguments[2:]))
 
 
+@pytest.mark.parametrize(
+    ("chip", "width", "dtype", "fits"),
+    [
+        ("TPU v4", 1152, jnp.float32, True),
+        ("TPU v4", 1536, jnp.float32, False),
+        ("TPU v4", 1024, jnp.float32, True),  # in the smaller tiles
+        ("TPU v4", 1536, jnp.bfloat16, True),
+        ("TPU v4", 2048, jnp.bfloat16, False),
+        ("TPU v5", 3072, jnp.float32, True),
+        ("TPU v5", 4096, jnp.float32, False),
+        ("TPU v5 lite", 4096, jnp.float32, True),
+        ("TPU v6 lite", 8192, jnp.bfloat16, True),
+        (None, 1152, jnp.float32, True),
+        (None, 1536, jnp.float32, False),  # it may be a v4
+    ],
+)
+@KINDS
+def test_tiles_that_do_not_fit_into_a_tpu_run_in_xla(kind, chip, width, dtype, fits) -> None:
+    """As libtpu's compiler has it: `test_compiles_for_tpus_ahead_of_time` asks it."""
+    features, number = jax.ShapeDtypeStruct((4096, width), dtype), jax.ShapeDtypeStruct((), jnp.float32)
+    arguments = (features, features, number, number)[: 3 if kind == "softmax" else 4]
+    with jax.sharding.use_abstract_mesh(absent_mesh(chip)) if chip else contextlib.nullcontext():
+        for implementation in (None, "pallas") if fits else (None,):
+            call = functools.partial(LOSSES[kind], implementation=implementation)
+            assert (f"contrastive_{kind}_sums" in str(jax.make_jaxpr(call)(*arguments))) == fits
+        if not fits:
+            with pytest.raises(UsageError, match=f"'pallas': its tiles of {width} .* MB of VMEM, of which .*has"):
+                jax.eval_shape(functools.partial(LOSSES[kind], implementation="pallas"), *arguments)
+
+
 HALF = np.ones((5, 4), np.float16)
 
 
@@ -341,22 +372,27 @@ def test_random_shapes(kind, monkeypatch) -> None:
 @pytest.mark.slow
 @KINDS
 def test_compiles_for_tpus_ahead_of_time(kind, tpu_chips, monkeypatch) -> None:
-    """One chip, with and without gradients; four with gathered texts; four in a ring.
-
-    Needs libtpu, no TPU (`pip install -e ".[plan]"`)."""
+    """One chip, with and without gradients; four with gathered texts; four in a ring; one with features that a v4 has no
+    room for. Needs libtpu, no TPU (`pip install -e ".[plan]"`)."""
     pairs = 4096
-    for count, ring, width in ((1, False, 1024), (4, False, 1152), (4, True, 1152)):
+    for count, ring, width, dtype in (
+        (1, False, 1024, jnp.bfloat16),
+        (4, False, 1152, jnp.bfloat16),
+        (4, True, 1152, jnp.bfloat16),
+        (1, False, 2048, jnp.float32),
+    ):
         monkeypatch.setattr(api, "GATHER_BYTES", 0 if ring else 2**28)
         mesh = Mesh(np.array(tpu_chips[:count]), ("data",), axis_types=(AxisType.Explicit,))
         rows, whole = NamedSharding(mesh, P("data", None)), NamedSharding(mesh, P())
-        features = jax.ShapeDtypeStruct((pairs, width), jnp.bfloat16, sharding=rows)
+        features = jax.ShapeDtypeStruct((pairs, width), dtype, sharding=rows)
         number = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
         arguments = (features, features, number, number)[: 3 if kind == "softmax" else 4]
         gradient = jax.value_and_grad(LOSSES[kind], argnums=(0, 1, 2))
         text = jax.jit(gradient).lower(*arguments).compile().as_text()
-        assert f"contrastive_{kind}_gradients" in text and "tpu_custom_call" in text
+        fits = dtype == jnp.bfloat16 or tpu_chips[0].device_kind != "TPU v4"
+        assert (f"contrastive_{kind}_gradients" in text and "tpu_custom_call" in text) == fits
         assert not ring or "collective-permute" in text  # some chips gather by permutations too
-        if count == 1:
+        if count == 1 and fits:
             text = jax.jit(LOSSES[kind]).lower(*arguments).compile().as_text()
             assert f"contrastive_{kind}_sums" in text
 

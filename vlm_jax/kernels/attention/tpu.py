@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import jax
 
-from vlm_jax.kernels import placement
 from vlm_jax.kernels.attention import short, splash
 from vlm_jax.kernels.attention.reference import Mask, Rule
+from vlm_jax.kernels.placement import FAST_MEMORY
 
 
 def refusal(
@@ -52,6 +52,6 @@ def is_short(rule: Rule, q: jax.Array, k: jax.Array, mask: Mask, device_kind: st
 
 
 def _fits(q: jax.Array, k: jax.Array, device_kind: str | None) -> bool:
-    device = device_kind or "tpu"
-    needed = short.Plan.make(q.shape, k.shape, device).fast_memory(q.dtype.itemsize)
-    return k.shape[1] <= short.MOST_KEYS and needed <= placement.fast_memory(device)
+    memory = min(64, FAST_MEMORY.get(device_kind or "", 64)) * 2**20  # more was not tried
+    needed = short.Plan.make(q.shape, k.shape, device_kind or "tpu").fast_memory(q.dtype.itemsize)
+    return k.shape[1] <= short.MOST_KEYS and needed <= memory

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from vlm_jax.errors import UsageError
 from vlm_jax.kernels import placement
-from vlm_jax.kernels.contrastive import gpu, loss, reference
+from vlm_jax.kernels.contrastive import gpu, loss, reference, tpu
 from vlm_jax.kernels.contrastive.loss import Plan
 from vlm_jax.kernels.placement import partition
 
@@ -92,8 +92,7 @@ def _choose(kind: str, mesh, image, implementation: str | None) -> str:
     if mesh.auto_axes and mesh.size > 1:
         of_tpu = of_gpu = "the compiler does not partition it: use explicit mesh axes, or shard_map"
     else:
-        taken = image.dtype in (jnp.bfloat16, jnp.float32)
-        of_tpu = None if taken else f"it takes bfloat16 and float32 features, not {image.dtype}"
+        of_tpu = tpu.refusal(mesh, image.shape[1], image.dtype)
         of_gpu = gpu.refusal(mesh, image.dtype)
     return placement.choose(f"{kind}_contrastive_loss", mesh, {"tpu": of_tpu, "gpu": of_gpu}, implementation)
 

@@ -18,10 +18,55 @@ from jax.experimental.pallas import tpu as pltpu
 
 from vlm_jax.kernels import placement
 from vlm_jax.kernels.contrastive.xla import NOTHING, softplus_and_sigmoid
+from vlm_jax.kernels.placement import FAST_MEMORY
 from vlm_jax.kernels.tiles import tile_size
 
 _LANES = 128
 _MEGABYTE = 2**20
+
+
+def refusal(mesh: jax.sharding.AbstractMesh, features: int, dtype: jnp.dtype) -> str | None:
+    """Why the kernels cannot serve `features` features of `dtype` on the TPUs of `mesh`, or None.
+
+    Where no mesh tells the chip, they must fit into the smallest.
+    """
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"it takes bfloat16 and float32 features, not {dtype}"
+    kind = placement.device_kind(mesh)
+    needed, memory = _needed(_most(mesh, features, dtype), features, dtype, kind), _memory(kind)
+    if needed <= memory:
+        return None
+    chip = kind or "a TPU v4, which it may be where no mesh is in use,"
+    return (
+        f"its tiles of {features} {dtype} features take {needed / _MEGABYTE:.0f} MB of VMEM, of which {chip} has "
+        f"{memory // _MEGABYTE}"
+    )
+
+
+def _most(mesh: jax.sharding.AbstractMesh, features: int, dtype: jnp.dtype) -> int:
+    """The most images, and texts, of a tile."""
+    kind, device = placement.device_kind(mesh), placement.device_of(mesh)
+    if _whole(features) <= 1024:
+        tile = tile_size("contrastive.tpu.tile", device)
+        if _needed(tile, features, dtype, kind) <= _memory(kind):
+            return tile
+    return tile_size("contrastive.tpu.wide_tile", device)
+
+
+def _memory(device_kind: str | None) -> int:
+    """Bytes of VMEM; of the smallest chip where none is known."""
+    return FAST_MEMORY.get(device_kind or "TPU v4", 64) * _MEGABYTE
+
+
+def _needed(tile: int, features: int, dtype: jnp.dtype, device_kind: str | None) -> int:
+    """Bytes of VMEM that the gradients' kernel takes with tiles of `tile` x `tile`, by what libtpu's compiler reports.
+
+    Per number of a tile's texts: three inputs, a row's gradients and the texts' part, each twice since one is on its
+    way, and a product; in float32 the parts into which factors are split too, for which chips after v4 take more. And
+    up to three arrays of all pairs of the tile.
+    """
+    per_number = 32 if dtype == jnp.bfloat16 else 52 if _memory(device_kind) == 16 * _MEGABYTE else 64
+    return tile * (per_number * _whole(features) + 3 * 4 * tile)
 
 
 def softmax_sums(
@@ -106,17 +151,17 @@ class _Call:
     def __init__(self, image, text, scale, bias, offset, interpret: bool):
         self.interpret = interpret
         self.counts = image.shape[0], text.shape[0]
-        width = math.ceil(image.shape[1] / _LANES) * _LANES
-        device = placement.device_of(placement.mesh_of(image))
-        most = tile_size(f"contrastive.tpu.{'tile' if width <= 1024 else 'wide_tile'}", device)
-        most = _fitting(most, width, image.dtype.itemsize, placement.fast_memory(device))
+        mesh = placement.mesh_of(image)
+        most = _most(mesh, image.shape[1], image.dtype)
         self.rows, images = tile(image.shape[0], most)
         self.columns, self.texts = tile(text.shape[0], most)
         self.grid = images // self.rows, self.texts // self.columns
         self.image, self.text = (
             _pad(_pad(x, 1, _LANES), 0, size) for x, size in zip((image, text), (self.rows, self.columns), strict=True)
         )
-        self.features, self.width = image.shape[1], width
+        self.features, self.width = image.shape[1], _whole(image.shape[1])
+        largest = max(self.rows, self.columns)
+        self.memory = _needed(largest, self.features, image.dtype, placement.device_kind(mesh))
         numbers = jnp.stack([scale, jnp.zeros_like(scale) if bias is None else bias]).astype(jnp.float32)
         self.scalars = [jnp.reshape(jnp.asarray(offset, jnp.int32), (1,)), numbers]
         self.per_row = pl.BlockSpec((None, 1, self.rows), lambda i, j: (i, 0, 0))
@@ -153,8 +198,6 @@ class _Call:
         """Runs `kernel(offset, numbers, image, text, *inputs, *outputs, *scratch)` over the tiles."""
         pairs = self.image.shape[0] * self.texts
         vary = jax.typeof(self.image).manual_axis_type
-        needed = _blocks(self.rows, self.columns, self.width, self.image.dtype.itemsize)
-        needed += 8 * self.rows * self.columns * 4
         return pl.pallas_call(
             functools.partial(kernel, counts=self.counts),
             name=name,
@@ -170,7 +213,7 @@ class _Call:
             out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=vary) for shape in out_shape],
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=semantics, vmem_limit_bytes=max(16 * _MEGABYTE, needed)
+                dimension_semantics=semantics, vmem_limit_bytes=max(16 * _MEGABYTE, self.memory)
             ),
             cost_estimate=pl.CostEstimate(
                 flops=2 * products * pairs * self.width,
@@ -329,20 +372,12 @@ def _as_column(row):
 def tile(length: int, most: int) -> tuple[int, int]:
     """The tile and the padded length: the fewest equal tiles of at most `most`, in whole lanes."""
     tiles = math.ceil(length / most)
-    size = math.ceil(length / tiles / _LANES) * _LANES
+    size = _whole(math.ceil(length / tiles))
     return size, size * tiles
 
 
-def _fitting(most: int, width: int, itemsize: int, memory: int) -> int:
-    """The largest tile of at most `most` whose gradients are made in `memory`. The compiler was seen to need its blocks
-    and up to five numbers of the features' type a pair: it sets aside what does not fit into registers."""
-    sizes = range(most, _LANES, -_LANES)
-    return next((n for n in sizes if _blocks(n, n, width, itemsize) + 5 * n * n * itemsize <= memory), _LANES)
-
-
-def _blocks(rows: int, columns: int, width: int, itemsize: int) -> int:
-    """Bytes of a tile's features, as they lie, turned, and on their way, and of their float32 gradients."""
-    return (rows + columns) * width * (4 * itemsize + 2 * 4)
+def _whole(length: int) -> int:
+    return math.ceil(length / _LANES) * _LANES
 
 
 def _pad(array, axis: int, multiple: int):
