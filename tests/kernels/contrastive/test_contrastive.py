@@ -325,6 +325,7 @@ HALF = np.ones((5, 4), np.float16)
         ({"image": np.ones((5, 4), int), "text": np.ones((5, 4), int)}, ValueError, "floating-point"),
         ({"scale": np.ones(1, np.float32)}, ValueError, "scale must be a scalar"),
         ({"bias": np.ones(2, np.float32)}, ValueError, "bias must be a scalar"),
+        ({"scale": None}, ValueError, "scale must be a scalar, found None"),
     ],
 )
 def test_a_mistake_is_one_sentence(change, error, says) -> None:

@@ -78,7 +78,7 @@ def _call(kind: str, image, text, scalars, axis_name, implementation: str | None
     kinds = jnp.promote_types(image.dtype, text.dtype)
     dtype = jnp.promote_types(kinds, jnp.float32)
     image, text = image.astype(kinds), text.astype(kinds)
-    scalars = tuple(jnp.asarray(x, dtype) for x in scalars)
+    scalars = tuple(None if x is None else jnp.asarray(x, dtype) for x in scalars)
     _check(kind, image, text, scalars)
     mesh = placement.mesh_of(image, text)
     choice = _choose(kind, mesh, image, implementation)
@@ -184,5 +184,6 @@ def _check(kind: str, image, text, scalars) -> None:
     if not jnp.issubdtype(image.dtype, jnp.floating):
         raise ValueError(f"{kind}_contrastive_loss: expected floating-point features, found {image.dtype}")
     for name, value in zip(("scale", "bias"), scalars, strict=False):
-        if value.shape:
-            raise ValueError(f"{kind}_contrastive_loss: {name} must be a scalar, found {value.shape}")
+        if value is None or value.shape:
+            found = None if value is None else value.shape
+            raise ValueError(f"{kind}_contrastive_loss: {name} must be a scalar, found {found}")
