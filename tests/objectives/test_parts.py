@@ -59,6 +59,14 @@ def test_parts_give_the_gradient_of_the_whole(kind, devices) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), got, want)
 
 
+def test_sample_a_r_is_row_r_times_parts_plus_a() -> None:
+    batch = np.arange(6).reshape(3, 2, 1)  # three parts of two
+    rows = in_parts(lambda _, part: part, None, batch)
+    assert rows[:, 0].tolist() == [0, 2, 4, 1, 3, 5] == batch.swapaxes(0, 1).reshape(-1).tolist()
+    with pytest.raises(ValueError, match=r"encode must return arrays \[R, ...\].*returned a scalar"):
+        in_parts(lambda _, part: part.sum(), None, batch)
+
+
 def test_memory_is_that_of_one_part() -> None:
     params, batch = made(parts=32, rows=64, hidden=2048)
 

@@ -25,13 +25,20 @@ def in_parts(encode: Callable[[Any, Any], Any], params: Any, batch: Any) -> Any:
         batch: a tree of [A, R, ...], A parts of R samples; R may be sharded over an explicit mesh.
 
     Returns:
-        the tree of [R·A, ...], of which sample (a, r) is row r·A + a: each device keeps the samples that it had.
+        the tree of [R·A, ...], of which sample (a, r) is row r·A + a, not a·R + r: so each device keeps the samples
+        that it had. An array [A, R, ...] of the caller's that goes with them is brought into this order by
+        `array.swapaxes(0, 1).reshape(R * A, ...)`.
+
+    Raises:
+        ValueError: `encode` returns something without an axis of samples.
     """
 
     def part(_: None, part: Any) -> tuple[None, Any]:
         return None, jax.checkpoint(encode)(params, part)
 
     def flat(array: jax.Array) -> jax.Array:  # [A, R, ...] -> [R·A, ...]
+        if array.ndim < 2:
+            raise ValueError("in_parts: encode must return arrays [R, ...], a row per sample; it returned a scalar")
         array = jnp.swapaxes(array, 0, 1)
         shape = (array.shape[0] * array.shape[1], *array.shape[2:])
         sharding = jax.typeof(array).sharding
