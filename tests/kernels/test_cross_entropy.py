@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests.kernels.products import IN_BF16_SUMMED_IN_FLOAT32, products, types
 from vlm_jax.errors import UsageError
 from vlm_jax.kernels import linear_cross_entropy
 from vlm_jax.kernels.cross_entropy import xla
@@ -124,6 +125,34 @@ def test_only_the_gradients_that_are_asked_for_are_made(explicit_mesh) -> None:
     assert [products(jax.grad(loss, wanted) if wanted else loss) for wanted in gradients] == [1, 2, 2, 3]
     with jax.set_mesh(explicit_mesh(2, 2, 2)):
         assert [products(jax.grad(loss, wanted) if wanted else loss) for wanted in gradients] == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("kernel_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", ["everything", "odd"])
+def test_bf16_features_have_float32_logits(name, kernel_dtype, small_chunks) -> None:
+    """The factors are rounded, nothing else of the value is; the gradients' factors are."""
+    arrays, options = SMALL[name].arguments()
+    rounded = {key: np.asarray(jnp.asarray(arrays[key], jnp.bfloat16)) for key in ("hidden", "kernel")}
+    want = definition({**arrays, **rounded}, options)
+    arrays = {**arrays, "hidden": rounded["hidden"], "kernel": jnp.asarray(arrays["kernel"], kernel_dtype)}
+    total, per_token, grads = run(arrays, options)
+    np.testing.assert_allclose(total, want[0], rtol=TOLERANCE)
+    np.testing.assert_allclose(per_token, want[1], rtol=TOLERANCE, atol=TOLERANCE)
+    assert grads["hidden"].dtype == jnp.bfloat16 and grads["kernel"].dtype == kernel_dtype
+    for key, x in want[2].items():
+        np.testing.assert_allclose(np.float32(grads[key]), x, rtol=0, atol=2**-7 * np.abs(x).max(), err_msg=f"d_{key}")
+
+
+@pytest.mark.parametrize("kernel_dtype", [jnp.bfloat16, jnp.float32])
+def test_products_of_bf16_are_summed_in_float32(kernel_dtype) -> None:
+    arrays, _ = SMALL["odd"].arguments()
+
+    def loss(hidden, kernel):
+        return linear_cross_entropy(hidden, kernel, arrays["labels"])[0]
+
+    trained = jnp.asarray(arrays["hidden"], jnp.bfloat16), jnp.asarray(arrays["kernel"], kernel_dtype)
+    found = products(jax.grad(loss, argnums=(0, 1)), *trained)
+    assert len(found) == 3 and types(found) == IN_BF16_SUMMED_IN_FLOAT32
 
 
 def test_bf16_kernel_gradients_are_summed_in_float32(monkeypatch) -> None:

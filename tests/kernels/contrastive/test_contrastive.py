@@ -373,8 +373,8 @@ def test_random_shapes(kind, monkeypatch) -> None:
 @pytest.mark.slow
 @KINDS
 def test_compiles_for_tpus_ahead_of_time(kind, tpu_chips, monkeypatch) -> None:
-    """One chip, with and without gradients; four with gathered texts; four in a ring; one with features that a v4 has no
-    room for. Needs libtpu, no TPU (`pip install -e ".[plan]"`)."""
+    """One chip, with and without gradients; four with gathered texts; four in a ring; one with features for which a v4
+    has no room. Needs libtpu, no TPU (`pip install -e ".[plan]"`)."""
     pairs = 4096
     for count, ring, width, dtype in (
         (1, False, 1024, jnp.bfloat16),

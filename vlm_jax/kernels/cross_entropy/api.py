@@ -37,7 +37,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: [T, D].
-        kernel: [D, V].
+        kernel: [D, V]. Products are of hidden's type, to which the kernel is rounded; all sums are float32.
         labels: int32 [T] in 0 .. V - 1, or -100: loss and gradient 0, and no work. Others are not checked.
         weights: [T], default 1. They scale `total`; no gradient flows to them.
         bias: [V].

@@ -39,7 +39,10 @@ def linear_cross_entropy(
     settings: Settings,
     device: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `reference.linear_cross_entropy`, in memory O(chunk * V); products in hidden's dtype, summed in float32."""
+    """As `reference.linear_cross_entropy`, in memory O(chunk * V).
+
+    Factors of products are in hidden's dtype (the kernel and the logits' gradient are rounded to it), sums in float32.
+    """
     chunk = chunk_size(hidden.shape[0], kernel.shape[1], device)
     tokens = zero_like((hidden, labels, weights))
     hidden, weights = vary_like(hidden, tokens), vary_like(weights, tokens)
@@ -80,7 +83,7 @@ _compiled = jax.jit(_loss, static_argnums=(0, 1))  # one trace, and none for a r
 def _run(settings: Settings, chunk: int, hidden, kernel, bias, labels, weights, wanted: tuple[bool, bool, bool]):
     """-> total, per-token loss [T], and the gradients of the total (None where not wanted)."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    entries = kernel.shape[1]
+    entries, factors = kernel.shape[1], kernel.astype(hidden.dtype)
     whole_vocabulary, first = vocabulary(kernel, settings)
     smoothing, softcap = settings.label_smoothing, settings.softcap
 
@@ -99,7 +102,7 @@ def _run(settings: Settings, chunk: int, hidden, kernel, bias, labels, weights, 
         x, label = jnp.where(live[:, None], hidden[token], 0), labels[token] - first
         here = (label >= 0) & (label < entries) & live
 
-        logits = jnp.matmul(x, kernel, preferred_element_type=dtype)
+        logits = jnp.matmul(x, factors, preferred_element_type=dtype)
         if bias is not None:
             logits = logits + bias.astype(dtype)
         if softcap is not None:
@@ -128,7 +131,7 @@ def _run(settings: Settings, chunk: int, hidden, kernel, bias, labels, weights, 
         if d_bias is not None:
             d_bias = d_bias + d_logits.sum(0)
         if d_hidden is not None:
-            part = jnp.matmul(d_logits.astype(x.dtype), kernel.T, preferred_element_type=dtype)
+            part = jnp.matmul(d_logits.astype(x.dtype), factors.T, preferred_element_type=dtype)
             part = over_vocabulary(jax.lax.psum, part, settings).astype(x.dtype)
             d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, part, i * chunk, 0)
         if d_kernel is not None:
