@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import hypothesis
 import jax
@@ -285,12 +286,48 @@ def test_no_array_of_all_logits() -> None:
         ({"hidden": np.ones((3, 5, 4), np.float32)}, ValueError, r"expected hidden \[T, D\]"),
         ({"labels": np.ones(5, np.float32)}, ValueError, "must be integers"),
         ({"weights": np.ones(4, np.float32)}, ValueError, r"expected weights \[5\]"),
+        ({"hidden": np.ones((0, 4), np.float32), "labels": np.ones(0, int)}, ValueError, "at least one token"),
+        ({"kernel": np.ones((4, 0), np.float32)}, ValueError, "at least one token and one entry"),
+        ({"hidden": np.ones((5, 4), int)}, ValueError, "floating-point hidden"),
+        ({"kernel": np.ones((4, 6), int)}, ValueError, "floating-point kernel"),
+        ({"softcap": 0}, ValueError, "softcap must be above 0"),
+        ({"label_smoothing": 1}, ValueError, r"label_smoothing must be in \[0, 1\)"),
+        ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\)"),
+        ({"axis_name": "tensor"}, UsageError, "for the inside of a jax.shard_map"),
     ],
 )
 def test_a_mistake_is_one_sentence(change, error, says) -> None:
     good = {"hidden": np.ones((5, 4), np.float32), "kernel": np.ones((4, 6), np.float32), "labels": np.ones(5, int)}
     with pytest.raises(error, match=says):
         linear_cross_entropy(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"check_vma": False}, "kernel does not vary over axis_name='x'.*check_vma on"),
+        ({"kernel": P()}, "kernel does not vary"),
+        ({"bias": P()}, "bias does not vary"),
+        ({"hidden": P("x")}, "hidden varies over axis_name='x'"),
+        ({"labels": P("x")}, "labels varies"),
+        ({"weights": P("x")}, "weights varies"),
+    ],
+)
+def test_an_axis_name_over_which_not_just_the_vocabulary_is_sharded_is_refused(change, says) -> None:
+    good = {"hidden": P(), "kernel": P(None, "x"), "bias": P("x"), "labels": P(), "weights": P(), "check_vma": True}
+    *specs, check = {**good, **change}.values()
+    local = (4, 3), (3, 6), (6,), (4,), (4,)
+    arrays = [
+        np.ones([n * 2 if axis == "x" else n for n, axis in itertools.zip_longest(shape, spec)], np.float32)
+        for shape, spec in zip(local, specs, strict=True)
+    ]
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+    def loss(hidden, kernel, bias, labels, weights):
+        return linear_cross_entropy(hidden, kernel, labels.astype(int), weights, bias=bias, axis_name="x")[0]
+
+    with pytest.raises(UsageError, match=says):
+        jax.shard_map(loss, mesh=mesh, in_specs=tuple(specs), out_specs=P(), check_vma=check)(*arrays)
 
 
 # ----------------------------------------------------------------------------------- large rows, here and ahead of time

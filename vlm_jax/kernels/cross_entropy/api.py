@@ -41,9 +41,9 @@ def linear_cross_entropy(
         labels: int32 [T] in 0 .. V - 1, or -100: loss and gradient 0, and no work. Others are not checked.
         weights: [T], default 1. They scale `total`; no gradient flows to them.
         bias: [V].
-        softcap: softcap * tanh(logits / softcap) replaces the logits.
+        softcap: softcap * tanh(logits / softcap) replaces the logits; above 0.
         z_loss: factor of logsumexp².
-        label_smoothing: share of the target that is spread evenly over the vocabulary.
+        label_smoothing: share of the target that is spread evenly over the vocabulary, in [0, 1).
         axis_name: inside shard_map (with its check_vma, which is the default), the axis over which V is sharded:
             kernel [D, V / n] and bias [V / n] are local, everything else is the same on each of its devices. `total` is
             then the same on each, and the gradient of `hidden` is summed over the axis.
@@ -54,12 +54,13 @@ def linear_cross_entropy(
         per_token: float32 [T], the loss without its weight; carries no gradient.
 
     Raises:
-        ValueError: shapes that do not fit.
-        UsageError: an implementation that is unknown or not there.
+        ValueError: shapes, types or options that do not fit.
+        UsageError: an implementation that is unknown or not there; arrays that do not vary over `axis_name` as said.
     """
     hidden, kernel, labels = jnp.asarray(hidden), jnp.asarray(kernel), jnp.asarray(labels)
     bias = None if bias is None else jnp.asarray(bias)
     _check(hidden, kernel, labels, weights, bias)
+    _check_options(softcap, label_smoothing)
     placement.check_implementation(implementation)
     if implementation in ("pallas", "pallas_interpret"):
         raise UsageError(
@@ -74,6 +75,8 @@ def linear_cross_entropy(
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     weights = jnp.ones_like(labels, dtype) if weights is None else jnp.asarray(weights).astype(dtype)
     weights = jax.lax.stop_gradient(weights)
+    if axis_name is not None:
+        _check_varying(hidden, kernel, labels, weights, bias, axis_name)
     mesh = placement.mesh_of(hidden, kernel, labels)
     call = _wrapped if mesh.explicit_axes else _local
     total, per_token = call(mesh, settings, implementation, hidden, kernel, bias, labels, weights)
@@ -121,9 +124,46 @@ def _check(hidden, kernel, labels, weights, bias) -> None:
         raise ValueError(
             f"linear_cross_entropy: expected hidden [T, D] and kernel [D, V], found {hidden.shape} and {kernel.shape}"
         )
+    if not (hidden.shape[0] and kernel.shape[1]):
+        raise ValueError(
+            f"linear_cross_entropy: expected at least one token and one entry, found hidden {hidden.shape} and kernel "
+            f"{kernel.shape}"
+        )
+    for name, array in (("hidden", hidden), ("kernel", kernel)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"linear_cross_entropy: expected a floating-point {name}, found {array.dtype}")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"linear_cross_entropy: labels must be integers, found {labels.dtype}")
     tokens, entries = hidden.shape[0], kernel.shape[1]
     for name, array, length in (("labels", labels, tokens), ("weights", weights, tokens), ("bias", bias, entries)):
         if array is not None and jnp.shape(array) != (length,):
             raise ValueError(f"linear_cross_entropy: expected {name} [{length}], found {jnp.shape(array)}")
+
+
+def _check_options(softcap: float | None, label_smoothing: float) -> None:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"linear_cross_entropy: softcap must be above 0 (or None), found {softcap}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"linear_cross_entropy: label_smoothing must be in [0, 1), found {label_smoothing}")
+
+
+def _check_varying(hidden, kernel, labels, weights, bias, axis_name) -> None:
+    """Raises unless V, and nothing else, is sharded over `axis_name`."""
+    names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
+    if not names <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        raise UsageError(
+            f"linear_cross_entropy: axis_name={axis_name!r} is for the inside of a jax.shard_map over it; outside, "
+            "shard the kernel over an explicit mesh axis, and leave axis_name out"
+        )
+    for name, array in (("kernel", kernel), ("bias", bias)):
+        if array is not None and not names <= placement.varying_axes(array):
+            raise UsageError(
+                f"linear_cross_entropy: {name} does not vary over axis_name={axis_name!r}: give each device its own "
+                "entries of V, and leave shard_map's check_vma on (without it gradients cannot be told apart)"
+            )
+    for name, array in (("hidden", hidden), ("labels", labels), ("weights", weights)):
+        if array is not None and names & placement.varying_axes(array):
+            raise UsageError(
+                f"linear_cross_entropy: {name} varies over axis_name={axis_name!r}, over which V is sharded: give all "
+                "its devices the same tokens"
+            )
