@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from vlm_jax.data import BadRecord, ImageSettings, Record, encode_prompt, process
+from vlm_jax.data import UNTRAINED, BadRecord, ImageSettings, Record, encode_prompt, process
 from vlm_jax.data.images import Picture, layout
 from vlm_jax.data.rows import Row, collate, fusion_fields, fusion_row
 from vlm_jax.data.templates import TEMPLATES
@@ -211,7 +211,7 @@ class VLM:
         pictures = [Picture(image, request.folder) for image in images]
         layouts = [layout(picture.size, settings) for picture in pictures]
         tiles = [process(picture.pixels(), settings) for picture in pictures]
-        labels = np.full_like(prompt.input_ids, -100)
+        labels = np.full_like(prompt.input_ids, UNTRAINED)
         row = fusion_row(prompt.input_ids, labels, tiles, layouts, self.images)
         bucket = _longer(len(row["tokens"])), _more(len(row["tile_image"]), self.images.most_tiles)
         return Encoded(row, bucket, request.seed, prompt.stop_ids, prompt.stop_strings)

@@ -8,9 +8,9 @@ from jax.sharding import PartitionSpec as P
 
 from vlm_jax.errors import UsageError, suggest
 from vlm_jax.kernels import linear_cross_entropy
+from vlm_jax.kernels.cross_entropy.reference import IGNORE
 from vlm_jax.sharding import spec_of
 
-IGNORE = -100
 LOSS_NORMS = ("global_tokens", "rank_mean")
 
 

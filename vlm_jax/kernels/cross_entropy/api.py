@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -100,7 +102,7 @@ def _wrapped(mesh, settings: Settings, implementation, hidden, kernel, bias, lab
     if entry_axes:
         if settings.axis_name is not None:
             raise ValueError(f"linear_cross_entropy: V is sharded over {entry_axes} already; leave axis_name out")
-        settings = Settings(settings.softcap, settings.z_loss, settings.label_smoothing, entry_axes)
+        settings = dataclasses.replace(settings, axis_name=entry_axes)
 
     def body(*arrays):
         total, per_token = _local(mesh, settings, implementation, *arrays)
