@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.experimental.pallas.ops.tpu import splash_attention as jax_splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.kernels.devices import H200, absent_mesh
 from tests.kernels.test_attention import assert_close, definition, made, placed, run
 from vlm_jax.errors import UsageError
-from vlm_jax.kernels import attention
-from vlm_jax.kernels.attention import packed_gpu, split, xla
+from vlm_jax.kernels import attention, custom_calls
+from vlm_jax.kernels.attention import packed_gpu, short, splash, split, xla
 from vlm_jax.kernels.attention.reference import Mask, Rule
 from vlm_jax.kernels.attention.shapes import AttentionShape
 
@@ -80,10 +82,76 @@ def test_keys_that_are_not_split_as_the_queries_are(small, explicit_mesh) -> Non
             assert_close(run(placed(mesh, arrays, specs), options, placed(mesh, d_out, spec)), want)
 
 
-def visits(rule: Rule, q, k, mask: Mask, on_gpu: bool) -> jax.Array:
+@pytest.mark.parametrize(
+    ("devices", "length", "rule", "how"),
+    [
+        (2, 768, {"sliding_window": 500, "softcap": 2.0}, HALVES),
+        (4, 768, {"segments": 3}, HALVES),  # halves of 96 in blocks of 128
+        (4, 768, {"sliding_window": 150}, WINDOWS),
+        (3, 387, {}, GATHERED),  # 129 on each
+    ],
+)
+def test_splash_serves_the_parts_of_a_sequence(devices, length, rule, how, explicit_mesh, monkeypatch) -> None:
+    monkeypatch.setattr(split, "HALF", 1)
+    monkeypatch.setattr(short, "MOST_KEYS", 0)
+    monkeypatch.setattr(splash, "longest_block", lambda device: 128)
+    arrays, masks, d_out = made(AttentionShape(1, length, length, 2, 1, 8, causal=True, **rule))
+    if "q_segment_ids" in masks:
+        masks["q_segment_ids"][:, :100] = masks["kv_segment_ids"][:, :100] = 0  # rows that see nothing
+    want = definition(arrays, masks, d_out)
+    known = {name: masks.pop(name) for name in list(masks) if not isinstance(masks[name], np.ndarray)}
+    mesh, spec = explicit_mesh(1, devices, 1), P(None, "fsdp")
+
+    def call(q, k, v):
+        return attention(q, k, v, **ids, **known, implementation="pallas_interpret")
+
+    with jax.set_mesh(mesh):
+        arrays, ids = placed(mesh, arrays, dict.fromkeys("qkv", spec)), placed(mesh, masks, dict.fromkeys(masks, spec))
+        jaxpr = str(jax.make_jaxpr(call)(**arrays))
+        assert {name for name in ("all_gather", "ppermute") if f" {name}[" in jaxpr} == how
+        assert "splash_mha_fwd" in jaxpr
+        assert_close(run(arrays, {}, placed(mesh, d_out, spec), call), want)
+
+
+@pytest.mark.parametrize(
+    ("causal", "window"), [(True, None), (True, 1), (True, 129), (True, 300), (False, 200), (False, None)]
+)
+def test_splash_visits_the_blocks_that_its_own_masks_name(causal, window) -> None:
+    """With parts of 384 queries that begin at 0, 384 and so on."""
+    rule, keys, length, block_q, block_kv = Rule(causal, window, None, 1.0), 1536, 384, 128, 256
+
+    def own_mask(start):
+        shape = (length, keys)
+        if window is not None:
+            return jax_splash.LocalMask(shape, (window - 1, 0 if causal else None), start)
+        return jax_splash.CausalMask(shape, start) if causal else jax_splash.FullMask(shape)
+
+    def pairs(info, of_keys):
+        block, seen = np.asarray(info.data_next)[0], np.asarray(info.block_mask)[0] > 0
+        rows, columns = np.nonzero(seen)
+        other = block[rows, columns]
+        return list(zip(other, columns, strict=True)) if of_keys else list(zip(rows, other, strict=True))
+
+    traced = jax.jit(lambda at: splash._visits(rule, at, (length // block_q, block_q), (keys // block_kv, block_kv)))
+    for start in range(0, keys, length):
+        mask = jax_splash.MultiHeadMask([own_mask(start)])
+        want = [
+            process(mask, (block_q, block_kv))[0]
+            for process in (splash_attention_mask_info.process_mask, splash_attention_mask_info.process_mask_dkv)
+        ]
+        fixed = splash._visits(rule, start, (length // block_q, block_q), (keys // block_kv, block_kv))
+        for infos in (fixed, traced(start)):
+            for info, its_own, of_keys in zip(infos, want, (False, True), strict=True):
+                assert sorted(pairs(info, of_keys)) == sorted(pairs(its_own, of_keys))
+
+
+def visits(rule: Rule, q, k, mask: Mask, kernel: str) -> jax.Array:
     """The number of blocks of keys that a call visits."""
+    if kernel == "splash":
+        of_queries, _ = splash._visits(rule, mask.q_positions, (q.shape[1] // 128, 128), (k.shape[1] // 128, 128))
+        return of_queries.block_mask.sum()
     mask = mask.with_positions(rule, q.shape[1], k.shape[1])
-    if on_gpu:
+    if kernel == "packed_gpu":
         spans = packed_gpu._visits(rule, *packed_gpu._fill_mask(q, k, mask), packed_gpu.TILE, packed_gpu.TILE)
         return (spans[..., 3] - spans[..., 0]).sum()
     blocks = xla.choose_blocks(q.shape, k.shape, ordered=True, device="gpu")
@@ -91,13 +159,13 @@ def visits(rule: Rule, q, k, mask: Mask, on_gpu: bool) -> jax.Array:
     return (last - first).sum()
 
 
-@pytest.mark.parametrize("on_gpu", [False, True], ids=["in blocks", "packed_gpu"])
-@pytest.mark.parametrize(("devices", "length"), [(8, 8192), (3, 6000)])
-def test_every_device_has_the_same_work(devices, length, on_gpu, explicit_mesh, monkeypatch) -> None:
+@pytest.mark.parametrize("kernel", ["in blocks", "packed_gpu", "splash"])
+@pytest.mark.parametrize(("devices", "length"), [(8, 8192), (3, 6144)])
+def test_every_device_has_the_same_work(devices, length, kernel, explicit_mesh, monkeypatch) -> None:
     rule = Rule(causal=True, sliding_window=None, softcap=None, scale=1.0)
 
     def serve(q, k, v, mask, bias):  # who computes an output, and its part of the blocks that were visited for it
-        device, count = jax.lax.axis_index("fsdp"), visits(rule, q, k, mask, on_gpu)
+        device, count = jax.lax.axis_index("fsdp"), visits(rule, q, k, mask, kernel)
         return jnp.zeros_like(q).at[..., 0].set(device).at[..., 1].set(count / q.shape[1])
 
     def call(q):
@@ -143,15 +211,33 @@ def test_the_hopper_kernel_serves_halves() -> None:
 
 @pytest.mark.parametrize(
     ("length", "options", "kernel"),
-    [(2048, CAUSAL, "attention_short"), (4096, CAUSAL, None), (4096, {}, "splash_mha")],
+    [(1024, CAUSAL, "attention_short"), (4096, CAUSAL, "splash_mha"), (4096, {}, "splash_mha")],
 )
 def test_what_serves_a_split_sequence_on_a_tpu(length, options, kernel) -> None:
     mesh, *arrays = abstract("TPU v5 lite", 4, length)
     with jax.sharding.use_abstract_mesh(mesh):
         text = str(jax.make_jaxpr(functools.partial(loss, **options))(*arrays))
-    assert kernel is None or kernel in text
-    assert ("pallas_call" in text) == (kernel is not None)
-    assert ("ppermute" in text) == (kernel is None)
+    assert kernel in text
+    assert ("ppermute" in text) == (length == 4096 and options == CAUSAL)  # halves, where blocks are skipped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [CAUSAL, CAUSAL | {"sliding_window": 4096}], ids=["halves", "windows"])
+@pytest.mark.parametrize("tpu_chips", ["v5e:2x2", "tpu7x:2x2x1"], indirect=True)
+def test_a_split_sequence_compiles_for_tpus_ahead_of_time(options, tpu_chips) -> None:
+    """Forward and backward, packed, 32,768 tokens over 4 chips; needs libtpu, no TPU (`pip install -e ".[plan]"`)."""
+    mesh = Mesh(np.array(tpu_chips[:4]), ("fsdp",), axis_types=(AxisType.Explicit,))
+    split_up = {"sharding": NamedSharding(mesh, P(None, "fsdp"))}
+    q, k = (jax.ShapeDtypeStruct((1, 32768, heads, 128), jnp.bfloat16, **split_up) for heads in (32, 8))
+    ids = jax.ShapeDtypeStruct((1, 32768), jnp.int32, **split_up)
+
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(functools.partial(loss, **options), (0, 1)))
+        compiled = step.lower(q, k, ids).compile()
+    calls = {name: n for name, n in custom_calls(compiled).items() if name.startswith("splash")}
+    assert sorted(name.split("_")[2] for name in calls) == ["dkv", "dq", "fwd"]
+    assert set(calls.values()) == {2 if options == CAUSAL else 1}
+    assert compiled.memory_analysis().temp_size_in_bytes < 2e9
 
 
 def test_a_kernel_is_refused_where_the_compiler_checks_what_varies() -> None:

@@ -120,7 +120,7 @@ def choose(
     keys = k.shape[1] if axis_name is None else k.shape[1] * jax.lax.axis_size(axis_name)
     queries = q.shape[1] // placement.axes_size(mesh, placement.spec_of(q)[1])
     if axis_name is not None or queries < q.shape[1]:
-        mask = mask.with_positions(rule, queries, keys)
+        mask = mask._replace(q_positions=0) if rule.ordered and mask.q_positions is None else mask
         q, k = (jax.ShapeDtypeStruct((len(x), n, *x.shape[2:]), x.dtype) for x, n in ((q, queries), (k, keys)))
     platform = placement.platform_of(mesh)
     worthwhile = gpu.worthwhile(q.shape) if platform == "gpu" else tpu.worthwhile(q.shape, k.shape)
@@ -136,8 +136,10 @@ def _local(rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementation: str
     serve = functools.partial(_serve, rule, implementation)
     if axis_name is None:
         return serve(q, k, v, mask, bias)
-    on_gpu = placement.platform_of(placement.mesh_of(q)) == "gpu"
-    skips = implementation in ("xla", "auto") or (implementation == "pallas" and on_gpu)
+    mesh = placement.mesh_of(q)
+    skips = implementation in ("xla", "auto") or (implementation == "pallas" and placement.platform_of(mesh) == "gpu")
+    if not skips and implementation in ("pallas", "pallas_interpret"):
+        skips = tpu.skips(rule, k.shape[1] * jax.lax.axis_size(axis_name), placement.device_kind(mesh) or "tpu")
     return split.attention(serve, rule, q, k, v, mask, bias, axis_name=axis_name, skips=skips)
 
 
@@ -188,11 +190,11 @@ def _wrapped(mesh, rule: Rule, q, k, v, mask: Mask, bias, axis_name, implementat
     if divided and axis_name is not None:
         raise ValueError(f"attention: T is split twice, over axis_name={axis_name!r} and over {length}; choose one")
     key_length = length if divided and specs[1][1] == length else ()  # else the keys are gathered on the way in
-    if divided and not key_length and rule.ordered and mask.q_positions is None:
-        mask = mask._replace(q_positions=jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2]))
 
     def body(q, k, v, *rest):
         mask, bias = Mask(*rest[:4]), rest[4] if len(rest) > 4 else None
+        if divided and not key_length and rule.ordered and mask.q_positions is None:
+            mask = mask._replace(q_positions=jax.lax.axis_index(length) * q.shape[1])
         if heads and not key_heads:
             count = max(1, per_device // group)
             first = jax.lax.axis_index(heads) * per_device // group

@@ -32,18 +32,22 @@ class Rule:
 
 
 class Mask(NamedTuple):
-    """The arrays that decide who sees whom: int32 [B, T] and [B, S], or None (no segments; positions are indices)."""
+    """The arrays that decide who sees whom: int32 [B, T] and [B, S], or None (no segments; positions are indices).
+
+    q_positions may also be a scalar: where the first query stands, and the others follow it.
+    """
 
     q_segment_ids: jax.Array | None
     kv_segment_ids: jax.Array | None
-    q_positions: jax.Array | None
+    q_positions: jax.Array | int | None
     kv_positions: jax.Array | None
 
     def with_positions(self, rule: Rule, queries: int, keys: int) -> Mask:
         """The mask with positions that are there if and only if the rule needs them; indices are [1, T] and [1, S]."""
         if not rule.ordered:
             return self._replace(q_positions=None, kv_positions=None)
-        q = jnp.arange(queries, dtype=jnp.int32)[None] if self.q_positions is None else self.q_positions
+        q = 0 if self.q_positions is None else self.q_positions
+        q = q if jnp.ndim(q) else (q + jnp.arange(queries, dtype=jnp.int32))[None]
         kv = jnp.arange(keys, dtype=jnp.int32)[None] if self.kv_positions is None else self.kv_positions
         return self._replace(q_positions=q, kv_positions=kv)
 

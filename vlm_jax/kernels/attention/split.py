@@ -56,7 +56,7 @@ def attention(
         if back < devices - 1:
             return _in_windows(serve, q, k, v, mask, back, axis_name)
     if rule.ordered and mask.q_positions is None:
-        mask = mask._replace(q_positions=_indices(device * queries, queries))
+        mask = mask._replace(q_positions=device * queries)
     return serve(q, *_gathered(k, v, mask, axis_name), bias)
 
 
@@ -82,36 +82,26 @@ def _in_halves(serve: Serve, q, k, v, mask: Mask, axis_name) -> jax.Array:
         own = slice(part * length, (part + 1) * length)
         ids = None if mask.q_segment_ids is None else _sent(mask.q_segment_ids[:, own], axis_name, ways)
         half = jnp.where(device % 2 == part, device, 2 * devices - 1 - device)
-        its_mask = mask._replace(q_segment_ids=ids, q_positions=_indices(half * length, length))
+        its_mask = mask._replace(q_segment_ids=ids, q_positions=half * length)
         outs.append(_sent(serve(_sent(q[:, own], axis_name, ways), k, v, its_mask, None), axis_name, back))
     return jnp.concatenate(outs, 1)
 
 
 def _in_windows(serve: Serve, q, k, v, mask: Mask, back: int, axis_name) -> jax.Array:
     """With the keys of this device and of the `back` devices before it, which are all that a window reaches."""
-    devices, device = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    devices = jax.lax.axis_size(axis_name)
 
     def near(array):
-        if array is None:
-            return None
         ways = ([(source, source + n) for source in range(devices - n)] for n in range(back, 0, -1))
         return jnp.concatenate([*(_sent(array, axis_name, way) for way in ways), array], 1)
 
-    length = k.shape[1]
-    index = _indices((device - back) * length, (1 + back) * length)
-    mask = mask._replace(
-        kv_segment_ids=near(mask.kv_segment_ids),
-        q_positions=_indices(device * length, length),
-        kv_positions=jnp.where(index < 0, jnp.iinfo(jnp.int32).max, index),  # where no device is: seen by nobody
-    )
+    if mask.q_segment_ids is None:  # the first devices receive 0 for what is not there, which nobody sees
+        ids = jnp.full_like(k, 1, dtype=jnp.int32, shape=k.shape[:2])
+        mask = mask._replace(q_segment_ids=ids, kv_segment_ids=ids)
+    mask = mask._replace(kv_segment_ids=near(mask.kv_segment_ids), q_positions=back * k.shape[1])
     return serve(q, near(k), near(v), mask, None)
 
 
 def _sent(array: jax.Array, axis_name, ways: list[tuple[int, int]]) -> jax.Array:
     """`array` of the device that sends it here, by (source, target); 0 where none does."""
     return jax.lax.ppermute(array, axis_name, ways)
-
-
-def _indices(first: jax.Array, length: int) -> jax.Array:
-    """int32 [1, length]: `first` and what follows."""
-    return (first + jnp.arange(length, dtype=jnp.int32))[None]

@@ -21,7 +21,12 @@ def refusal(
         return "the kernels take no bias"
     if _fits(q, k, device_kind) or splash.serves(rule, mask):
         return None
-    return f"beyond {short.MOST_KEYS:,} keys it orders by index, so leave q_positions and kv_positions out and T whole"
+    return f"beyond {short.MOST_KEYS:,} keys it orders by index, so leave q_positions and kv_positions out"
+
+
+def skips(rule: Rule, keys: int, device: str) -> bool:
+    """Whether blocks that nobody sees are passed over, of a call that is ordered by index."""
+    return rule.ordered and keys > splash.longest_block(device)
 
 
 def worthwhile(q_shape: tuple[int, ...], kv_shape: tuple[int, ...]) -> bool:
@@ -47,8 +52,8 @@ def attention(
 
 def is_short(rule: Rule, q: jax.Array, k: jax.Array, mask: Mask, device_kind: str | None) -> bool:
     """Whether `short.py` takes a call that one of the kernels can serve, and not `splash.py`."""
-    skips = rule.ordered and k.shape[1] > splash.longest_block(device_kind or "tpu")
-    return not splash.serves(rule, mask) or (_fits(q, k, device_kind) and not skips)
+    long = skips(rule, k.shape[1], device_kind or "tpu") or not _fits(q, k, device_kind)
+    return not (long and splash.serves(rule, mask))
 
 
 def _fits(q: jax.Array, k: jax.Array, device_kind: str | None) -> bool:
