@@ -121,26 +121,15 @@ class Run:
             raise UsageError(f"{file} is damaged ({error}); choose another --workdir") from error
         if not isinstance(before, dict) or "stages" not in before:
             raise UsageError(f"{self.workdir} holds something else, not a run ({file}); choose another --workdir")
-        if not self._has_begun:
-            return ()
-        if self.config.packing.fit == "auto":
+        if self._has_begun and self.config.packing.fit == "auto":
             self._set_fit(before["packing"]["fit"])  # what was chosen then
-        return check_resume(before, self.config, workdir=str(self.workdir), command=command)
+        return check_resume(before, self.config, workdir=str(self.workdir), command=command) if self._has_begun else ()
 
     def _choose_packing(self) -> None:
         """Puts what suits the data and the devices in the place of `packing.fit=auto`."""
-        from vlm_jax.training.optimizer import multipliers
-        from vlm_jax.training.packing_fit import choose_fit, operations
+        from vlm_jax.training.packing_fit import choose_fit, of_stages
 
-        total: dict[str | None, float] = {"best_fit": 0.0, None: 0.0}
-        for number, stage in enumerate(self.stages):
-            costs = self.family.costs(multipliers(list(self.family.bound.abstract), stage.groups))
-            packed = self._loader(number, packing=dataclasses.replace(stage.packing, fit="best_fit"))
-            sizes = packed.index.limited(packed.encode)
-            for fit, loader in ("best_fit", packed), (None, self._loader(number, packing=None)):
-                pairs = functools.partial(self.family.equal_pairs, packed=fit is not None)
-                total[fit] += operations(loader, sizes, costs, pairs)
-        fit, note = choose_fit(total)
+        fit, note = choose_fit(of_stages(self.stages, self.family, self._loader))
         self._set_fit(fit)
         self.notes.append(note)
 

@@ -7,6 +7,8 @@ from them: the sizes of all records are known, and so are the operations of a st
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -14,11 +16,28 @@ import numpy as np
 from vlm_jax.data.index import Index
 from vlm_jax.data.loader import Loader
 from vlm_jax.data.packing import AUTO
+from vlm_jax.families import LlavaFamily
 from vlm_jax.models.flops import Costs
+from vlm_jax.recipe import Stage
+from vlm_jax.training.optimizer import multipliers
 
 SAMPLED = 64  # steps of an epoch that are looked at
 
 Pairs = Callable[[Sequence[Sequence[int]], int], float]  # rows and T, as `LlavaFamily.equal_pairs` takes them
+
+
+def of_stages(stages: Sequence[Stage], family: LlavaFamily, loader: Callable[..., Loader]) -> dict[str | None, float]:
+    """`operations` of all stages, by fit. loader: makes that of a stage by its number, with another `packing`."""
+    total: dict[str | None, float] = {"best_fit": 0.0, None: 0.0}
+    for number, stage in enumerate(stages):
+        costs = family.costs(multipliers(list(family.bound.abstract), stage.groups))
+        packed = loader(number, packing=dataclasses.replace(stage.packing, fit="best_fit"))
+        assert packed.index is not None
+        sizes = packed.index.limited(packed.encode)
+        for fit, one in ("best_fit", packed), (None, loader(number, packing=None)):
+            pairs = functools.partial(family.equal_pairs, packed=fit is not None)
+            total[fit] += operations(one, sizes, costs, pairs)
+    return total
 
 
 def operations(loader: Loader, sizes: Index, costs: Costs, pairs: Pairs) -> float:

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.kernels import placement
-from vlm_jax.kernels.attention import splash, tpu
+from vlm_jax.kernels.attention import packed_gpu, splash, tpu, xla
 from vlm_jax.kernels.attention.api import choose
 from vlm_jax.kernels.attention.reference import Mask, Rule
-from vlm_jax.kernels.tiles import tile_size
 
 RECOMPUTED = 14 / 12  # operations forward and backward, over those of a gradient that keeps its scores
 KERNEL_RATE = 0.6  # of a matrix product's rate, within a kernel, or in blocks that stay in a CPU's cache
@@ -57,14 +56,14 @@ def equal_pairs(
     platform, device = placement.platform_of(mesh) or jax.default_backend(), placement.device_of(mesh)
     dear = RECOMPUTED / KERNEL_RATE
     if choice == "xla":
-        block = tile_size(f"attention.xla.{'ordered_block' if length > 1024 else 'block'}", device)
+        block = xla.choose_blocks(q.shape, k.shape, ordered=True, device=device).keys
         size = jnp.dtype(dtype).itemsize
         dear += SCORE_PASSES * (4 + size) / 2 * INTENSITY[platform][size] / (12 * features)
     elif choice == "pallas" and platform == "gpu":
-        block = 128
+        block = packed_gpu.TILE
     elif platform == "tpu" and tpu.is_short(rule, q, k, mask, placement.device_kind(mesh)):
         return dear * len(rows) * length**2  # it skips nothing
     else:  # blocks are skipped by their place alone
-        block = splash.longest_block(device) if platform == "tpu" else 128
+        block = splash.longest_block(device) if platform == "tpu" else packed_gpu.TILE  # cuDNN's are about as large
         rows = [[length]] * len(rows)
     return dear * sum(visible_pairs(n, sliding_window) + n * min(block, length) for row in rows for n in row)
